@@ -1,0 +1,231 @@
+"""Diffusion transformer over packed rows of spacetime patches, with the architecture of Wan 2.x.
+
+Legend: B rows, N tokens of a row, P patch size flattened, D width, K heads, A head dim, L layers, M text tokens,
+S noise levels of a row (level 0 is clean, level s belongs to the row's sample s).
+"""
+
+import dataclasses
+import functools
+
+import einops
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sorax.attention import attention
+
+REMAT = ("none", "full", "dots")
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    """Hyper-parameters; `WanTransformer3DModel` of diffusers has the same, under the names in brackets."""
+
+    in_channels: int = 16  # [in_channels]
+    out_channels: int = 16  # [out_channels]
+    patch_size: tuple[int, int, int] = (1, 2, 2)  # [patch_size]
+    num_layers: int = 30  # [num_layers]
+    num_heads: int = 12  # [num_attention_heads]
+    head_dim: int = 128  # [attention_head_dim]
+    ffn_dim: int = 8960  # [ffn_dim]
+    text_dim: int = 4096  # [text_dim]
+    freq_dim: int = 256  # [freq_dim]
+    rope_theta: float = 10000.0
+    eps: float = 1e-6  # [eps]
+
+    def __post_init__(self):
+        if self.head_dim % 2 or self.head_dim < 6:
+            raise ValueError(f"head_dim must be even and at least 6 (it is split over t, h, w), got {self.head_dim}")
+
+    @property
+    def width(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def rope_dims(self) -> tuple[int, int, int]:
+        """Head dim given to t, h and w; 44, 42, 42 of 128."""
+        space = 2 * (self.head_dim // 6)
+        return (self.head_dim - 2 * space, space, space)
+
+    @property
+    def patch_dim(self) -> int:
+        return self.in_channels * self.patch_size[0] * self.patch_size[1] * self.patch_size[2]
+
+
+def layer_norm(x, eps):
+    """LayerNorm over the last axis without parameters, in float32."""
+    x = x.astype(jnp.float32)
+    x = x - jnp.mean(x, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+
+
+def rms_norm(x, scale, eps):
+    """RMSNorm over the last axis, in float32."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+    return (y * scale).astype(x.dtype)
+
+
+def rope_angles(positions, config: DiTConfig):
+    """Cosine and sine `[B, N, A / 2]` of 3-D rotary embedding for positions `[B, N, 3]` (t, h, w)."""
+    angles = []
+    for axis, dim in enumerate(config.rope_dims):
+        freqs = config.rope_theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
+        angles.append(positions[..., axis, None].astype(jnp.float32) * freqs)
+    angles = jnp.concatenate(angles, axis=-1)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(x, cos, sin):
+    """Rotates the interleaved pairs of x `[B, N, K, A]` (RoFormer; pair layout of Wan)."""
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    out = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return out.reshape(x.shape).astype(x.dtype)
+
+
+def timestep_features(timestep, dim: int):
+    """Sinusoidal features `[..., dim]`, cosines first, of a timestep in [0, 1000] (DDPM, as diffusers flips it)."""
+    half = dim // 2
+    freqs = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = timestep[..., None].astype(jnp.float32) * freqs
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def linear(n_in, n_out, rngs, std=None):
+    init = nnx.initializers.xavier_uniform() if std is None else nnx.initializers.normal(std)
+    return nnx.Linear(n_in, n_out, kernel_init=init, rngs=rngs)
+
+
+class Attention(nnx.Module):
+    """Self- or cross-attention with RMSNorm of queries and keys over the whole width, before the head split."""
+
+    def __init__(self, config: DiTConfig, rngs: nnx.Rngs):
+        D = config.width
+        self.q, self.k, self.v, self.o = (linear(D, D, rngs) for _ in range(4))
+        self.norm_q = nnx.Param(jnp.ones(D))
+        self.norm_k = nnx.Param(jnp.ones(D))
+        self.num_heads, self.eps = config.num_heads, config.eps
+
+    def __call__(self, x, context, x_segment_ids, context_segment_ids, rope=None, bias=None):
+        q = rms_norm(self.q(x), self.norm_q[...], self.eps)
+        k = rms_norm(self.k(context), self.norm_k[...], self.eps)
+        q, k, v = (
+            einops.rearrange(y, "b n (k a) -> b n k a", k=self.num_heads) for y in (q, k, self.v(context))
+        )
+        if rope is not None:
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        out = attention(q, k, v, x_segment_ids, context_segment_ids, bias=bias)
+        return self.o(einops.rearrange(out, "b n k a -> b n (k a)"))
+
+
+class Block(nnx.Module):
+    """Self-attention and MLP modulated by the noise level (AdaLN), with ungated text cross-attention between."""
+
+    def __init__(self, config: DiTConfig, rngs: nnx.Rngs):
+        D = config.width
+        self.self_attention = Attention(config, rngs)
+        self.cross_attention = Attention(config, rngs)
+        self.norm_scale = nnx.Param(jnp.ones(D))
+        self.norm_bias = nnx.Param(jnp.zeros(D))
+        self.mlp_in = linear(D, config.ffn_dim, rngs)
+        self.mlp_out = linear(config.ffn_dim, D, rngs)
+        self.modulation = nnx.Param(jax.random.normal(rngs.params(), (6, D)) * D**-0.5)
+        self.eps = config.eps
+
+    def __call__(self, x, row):
+        # The six vectors are made once a level, [B, S, 6 * D], and given to tokens by a one-hot product: exact,
+        # and its gradient is a product rather than a scatter.
+        table = row["level_proj"] + self.modulation[...].astype(jnp.float32)  # [B, S, 6, D]
+        table = einops.rearrange(table, "b s six d -> b s (six d)")
+        mod = jnp.einsum("bns,bsx->bnx", row["level_one_hot"], table)
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(mod, 6, axis=-1)  # each [B, N, D] float32
+        dtype, ids = x.dtype, row["segment_ids"]
+
+        h = (layer_norm(x, self.eps) * (1 + scale1) + shift1).astype(dtype)
+        h = self.self_attention(h, h, ids, ids, rope=row["rope"])
+        x = (x.astype(jnp.float32) + h * gate1).astype(dtype)
+
+        h = (layer_norm(x, self.eps) * self.norm_scale[...] + self.norm_bias[...]).astype(dtype)
+        x = x + self.cross_attention(h, row["text"], ids, row["text_segment_ids"], bias=row["text_bias"])
+
+        h = (layer_norm(x, self.eps) * (1 + scale2) + shift2).astype(dtype)
+        h = self.mlp_out(jax.nn.gelu(self.mlp_in(h), approximate=True))
+        return (x.astype(jnp.float32) + h * gate2).astype(dtype)
+
+
+class DiT(nnx.Module):
+    """Velocity network of `WanTransformer3DModel`, for packed rows. Layers are stacked: parameters lead with [L]."""
+
+    def __init__(self, config: DiTConfig, rngs: nnx.Rngs):
+        self.config = config
+        D = config.width
+        self.patch_embed = linear(config.patch_dim, D, rngs)
+        self.text_in = linear(config.text_dim, D, rngs, std=0.02)
+        self.text_out = linear(D, D, rngs, std=0.02)
+        self.time_in = linear(config.freq_dim, D, rngs, std=0.02)
+        self.time_out = linear(D, D, rngs, std=0.02)
+        self.time_proj = linear(D, 6 * D, rngs)
+        stacked = nnx.vmap(lambda key: Block(config, nnx.Rngs(params=key)), in_axes=0, out_axes=0)
+        self.blocks = stacked(jax.random.split(rngs.params(), config.num_layers))
+        self.modulation = nnx.Param(jax.random.normal(rngs.params(), (2, D)) * D**-0.5)
+        patch_out = config.patch_dim // config.in_channels * config.out_channels
+        # Zero at the start: the untrained network predicts no velocity, as in DiT.
+        self.proj_out = nnx.Linear(D, patch_out, kernel_init=nnx.initializers.zeros, rngs=rngs)
+
+    def __call__(
+        self, tokens, positions, segment_ids, levels, level_index, text, text_segment_ids, text_bias,
+        *, remat: str = "none", unroll: int | bool = 1, constrain=lambda x: x,
+    ):  # fmt: skip
+        """Predicts `velocity = noise - x0` for every token of the rows.
+
+        Args:
+            tokens: `[B, N, P]` noisy patches, P ordered (c, pt, ph, pw).
+            positions: `[B, N, 3]` int (t, h, w) of each patch in its own sample.
+            segment_ids: `[B, N]` int, 0 = padding.
+            levels: `[B, S]` noise levels (sigma) in [0, 1]; level_index: `[B, N]` int, the level of each token.
+            text: `[B, M, text_dim]` text encoder outputs; text_segment_ids: `[B, M]`; text_bias: `[B, M]` float32
+                (`sorax.text.slot_bias`).
+            remat: what the backward pass recomputes: "none", "dots" (all but matrix products), "full".
+            unroll: layers per iteration of the scan over layers; True unrolls all.
+            constrain: applied to the activations `[B, N, D]` of every block (a sharding constraint, if any).
+
+        Returns:
+            velocity `[B, N, P_out]`, ordered as `tokens`, in float32.
+        """
+        config, dtype = self.config, tokens.dtype
+        x = constrain(self.patch_embed(tokens))
+        features = timestep_features(1000.0 * levels, config.freq_dim).astype(dtype)
+        time = self.time_out(jax.nn.silu(self.time_in(features)))  # [B, S, D]
+        level_proj = einops.rearrange(self.time_proj(jax.nn.silu(time)), "b s (six d) -> b s six d", six=6)
+        row = dict(
+            segment_ids=segment_ids,
+            rope=rope_angles(positions, config),
+            level_proj=level_proj.astype(jnp.float32),
+            level_one_hot=jax.nn.one_hot(level_index, levels.shape[1], dtype=jnp.float32),
+            text=self.text_out(jax.nn.gelu(self.text_in(text), approximate=True)),
+            text_segment_ids=text_segment_ids,
+            text_bias=text_bias[:, None, None, :],
+        )
+        graphdef, layers = nnx.split(self.blocks)
+
+        def body(x, layer):
+            return constrain(nnx.merge(graphdef, layer)(x, row)), None
+
+        if remat == "full":
+            body = jax.checkpoint(body, prevent_cse=False)
+        elif remat == "dots":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+        elif remat != "none":
+            raise ValueError(f"remat must be one of {REMAT}, got {remat!r}")
+        x, _ = jax.lax.scan(body, x, layers, unroll=unroll)
+
+        table = self.modulation[...].astype(jnp.float32) + time.astype(jnp.float32)[:, :, None]  # [B, S, 2, D]
+        take = functools.partial(jnp.einsum, "bns,bsd->bnd", row["level_one_hot"])
+        shift, scale = take(table[:, :, 0]), take(table[:, :, 1])
+        x = (layer_norm(x, config.eps) * (1 + scale) + shift).astype(dtype)
+        out = self.proj_out(x).astype(jnp.float32)
+        pt, ph, pw = config.patch_size
+        return einops.rearrange(out, "b n (pt ph pw c) -> b n (c pt ph pw)", pt=pt, ph=ph, pw=pw)
