@@ -50,7 +50,7 @@ def patchify(latents, patch_size=PATCH_SIZE):
 
 
 def unpatchify(patches, shape, patch_size=PATCH_SIZE, order="in"):
-    """Put patches [..., N, P] together again: latents [..., t, h, w, C]. With order "in" the inverse of `patchify`.
+    """Put patches [..., N, P] together: latents [..., t, h, w, C]. With order "in" the inverse of `patchify`.
 
     Args:
       patches: [..., N, P] with N = num_tokens(shape, patch_size).
