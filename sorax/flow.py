@@ -1,0 +1,107 @@
+"""Rectified flow over packed rows: noising, noise levels, given masks and the loss. Pure functions of arrays.
+
+    x_sigma = (1 - sigma) * x0 + sigma * noise,    velocity = d x_sigma / d sigma = noise - x0
+
+(Liu et al. 2022, "Flow Straight and Fast"; Lipman et al. 2022.) sigma = 0 is clean, 1 is noise; the network is given
+timestep = 1000 * sigma. Legend: B rows, N tokens, P patch size flattened, S samples of a row.
+"""
+
+import jax
+import jax.numpy as jnp
+
+GIVEN_MODES = ("none", "first", "last", "both", "first_k")
+
+
+def add_noise(x0, noise, sigma):
+    """x_sigma; all broadcast together."""
+    return (1 - sigma) * x0 + sigma * noise
+
+
+def velocity_target(x0, noise):
+    """The velocity that carries x0 to noise as sigma goes from 0 to 1."""
+    return noise - x0
+
+
+def denoised(x, velocity, sigma):
+    """x0 implied by a velocity at x = x_sigma."""
+    return x - sigma * velocity
+
+
+def implied_noise(x, velocity, sigma):
+    """noise implied by a velocity at x = x_sigma."""
+    return x + (1 - sigma) * velocity
+
+
+def shift_sigma(sigma, shift):
+    """Moves noise levels towards noise (shift > 1), as larger samples need (Esser et al. 2024, eq. 23)."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def unshift_sigma(sigma, shift):
+    """Inverse of `shift_sigma`."""
+    return sigma / (shift - (shift - 1) * sigma)
+
+
+def draw_sigma(key, shape, *, mean=0.0, std=1.0, shift=1.0):
+    """Training noise levels: sigmoid of a normal draw (logit-normal, Esser et al. 2024), then shifted."""
+    return shift_sigma(jax.nn.sigmoid(mean + std * jax.random.normal(key, shape)), shift)
+
+
+def draw_given(key, positions, segment_ids, num_samples: int, probabilities):
+    """Random conditions: which latent frames of each sample are given rather than generated.
+
+    Args:
+        positions: `[B, N, 3]` int (t, h, w); segment_ids: `[B, N]` int in 0..num_samples.
+        probabilities: weight of each of `GIVEN_MODES`: nothing, the first latent frame, the last, both ends, or the
+            first k with k uniform over what leaves a frame to generate.
+
+    Returns:
+        `[B, N]` bool. Images are never given, and at least one latent frame of every sample is generated.
+    """
+    mode_key, k_key = jax.random.split(key)
+    B, time = positions.shape[0], positions[..., 0]
+    member = segment_ids[:, :, None] == jnp.arange(num_samples + 1)  # [B, N, S + 1]
+    frames = 1 + jnp.max(jnp.where(member, time[:, :, None], 0), axis=1)  # [B, S + 1]
+    logits = jnp.log(jnp.asarray(probabilities, jnp.float32))
+    mode = jax.random.categorical(mode_key, logits, shape=(B, num_samples + 1))
+    k = 1 + jnp.floor(jax.random.uniform(k_key, frames.shape) * (frames - 1)).astype(jnp.int32)
+
+    def of_token(table):
+        return jnp.take_along_axis(table, segment_ids, axis=1)
+
+    frames, mode, k = of_token(frames), of_token(mode), of_token(k)
+    first, last = time == 0, time == frames - 1
+    given = ((mode == 1) | (mode == 3)) & first
+    given |= (mode == 2) & last
+    given |= (mode == 3) & last & (frames > 2)
+    given |= (mode == 4) & (time < k)
+    return given & (frames > 1) & (segment_ids != 0)
+
+
+def noise_rows(key, tokens, given, segment_ids, levels):
+    """Noises the tokens that are to be generated, each at its own sample's level.
+
+    Args:
+        tokens: `[B, N, P]` clean patches; given: `[B, N]` bool; segment_ids: `[B, N]` int in 0..S.
+        levels: `[B, S + 1]` sigma of each sample; entry 0 is the clean level and must be 0.
+
+    Returns:
+        noisy tokens and velocity target `[B, N, P]`, and level_index `[B, N]` int: the level of each token.
+    """
+    level_index = jnp.where(given, 0, segment_ids)
+    sigma = jnp.take_along_axis(levels, level_index, axis=1)[..., None]
+    noise = jax.random.normal(key, tokens.shape, tokens.dtype)
+    return add_noise(tokens, noise, sigma), velocity_target(tokens, noise), level_index
+
+
+def token_loss(velocity, target, generated):
+    """Mean squared error over generated tokens.
+
+    Args:
+        velocity, target: `[B, N, P]`; generated: `[B, N]` bool.
+
+    Returns:
+        the mean over all generated tokens and channels, and the per-token error `[B, N]` (0 where not generated).
+    """
+    error = jnp.mean(jnp.square(velocity - target), axis=-1) * generated
+    return jnp.sum(error) / jnp.maximum(jnp.sum(generated), 1), error
