@@ -1,0 +1,374 @@
+"""diffusers folders <-> parameters: the tables of names and hyper-parameters, and the reader.
+
+A weight of theirs is a weight of ours under another name and with its axes in another order, which an einops pattern
+states; read backwards, the pattern is the way back. `sorax/export.py` writes with the same tables.
+"""
+
+import dataclasses
+import json
+import pathlib
+import re
+
+import einops
+import jax
+import ml_dtypes  # noqa: F401  gives numpy the bfloat16 that safetensors returns
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from sorax.dit import DiT, DiTConfig
+from sorax.errors import UserError
+from sorax.functional import abstract
+from sorax.sharding import path_string
+from sorax.text import TextConfig, TextEncoder
+from sorax.vae import VAE, VAEConfig
+
+SAME, MATRIX, ROW = "... -> ...", "i o -> o i", "n d -> 1 n d"
+CONV_2D, CONV_3D = "1 h w i o -> o i h w", "t h w i o -> o i t h w"
+GAMMA_2D, GAMMA_3D = "c -> c 1 1", "c -> c 1 1 1"
+WEIGHTS = "diffusion_pytorch_model"  # stem of the weight files of a diffusers model
+TEXT_WEIGHTS = "model"  # and of a transformers model
+
+
+@dataclasses.dataclass(frozen=True)
+class Name:
+    """One tensor of theirs: where ours is, which layer of a stacked parameter, and how the axes move."""
+
+    theirs: str
+    ours: str  # path with slashes
+    pattern: str = SAME  # einops, ours -> theirs
+    layer: int | None = None  # index into the leading [L] axis of ours
+    axes: tuple[tuple[str, int], ...] = ()
+
+    def to_theirs(self, x):
+        return einops.rearrange(x, self.pattern, **dict(self.axes))
+
+    def to_ours(self, x):
+        left, right = self.pattern.split(" -> ")
+        return einops.rearrange(x, f"{right} -> {left}", **dict(self.axes))
+
+    def shape(self, shapes) -> tuple[int, ...]:
+        """Shape of theirs, given the shapes of ours."""
+        shape = shapes[self.ours].shape[0 if self.layer is None else 1 :]
+        return jax.eval_shape(self.to_theirs, jax.ShapeDtypeStruct(shape, np.float32)).shape
+
+
+def _linear(theirs, ours, layer=None, pattern=MATRIX, axes=(), bias=True):
+    names = [Name(f"{theirs}.weight", f"{ours}/kernel", pattern, layer, axes)]
+    return names + ([Name(f"{theirs}.bias", f"{ours}/bias", SAME, layer)] if bias else [])
+
+
+def dit_names(config: DiTConfig) -> list[Name]:
+    """The tensors of `WanTransformer3DModel`."""
+    axes = tuple(zip(("c", "pt", "ph", "pw"), (config.in_channels, *config.patch_size)))
+    names = _linear("patch_embedding", "patch_embed", None, "(c pt ph pw) d -> d c pt ph pw", axes)
+    for theirs, ours in (
+        ("condition_embedder.time_embedder.linear_1", "time_in"),
+        ("condition_embedder.time_embedder.linear_2", "time_out"),
+        ("condition_embedder.time_proj", "time_proj"),
+        ("condition_embedder.text_embedder.linear_1", "text_in"),
+        ("condition_embedder.text_embedder.linear_2", "text_out"),
+    ):
+        names += _linear(theirs, ours)
+    for layer in range(config.num_layers):
+        block = f"blocks.{layer}"
+        for theirs, ours in (("attn1", "blocks/self_attention"), ("attn2", "blocks/cross_attention")):
+            for part, letter in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "o")):
+                names += _linear(f"{block}.{theirs}.{part}", f"{ours}/{letter}", layer)
+            names += [
+                Name(f"{block}.{theirs}.norm_q.weight", f"{ours}/norm_q", layer=layer),
+                Name(f"{block}.{theirs}.norm_k.weight", f"{ours}/norm_k", layer=layer),
+            ]
+        names += _linear(f"{block}.ffn.net.0.proj", "blocks/mlp_in", layer)
+        names += _linear(f"{block}.ffn.net.2", "blocks/mlp_out", layer)
+        names += [
+            Name(f"{block}.norm2.weight", "blocks/norm_scale", layer=layer),
+            Name(f"{block}.norm2.bias", "blocks/norm_bias", layer=layer),
+            Name(f"{block}.scale_shift_table", "blocks/modulation", ROW, layer),
+        ]
+    return names + _linear("proj_out", "proj_out") + [Name("scale_shift_table", "modulation", ROW)]
+
+
+def vae_names(config: VAEConfig) -> list[Name]:
+    """The tensors of `AutoencoderKLWan` (latent means and deviations are in its config, not among its tensors)."""
+
+    def conv(theirs, ours, pattern=CONV_3D):
+        return _linear(theirs, ours, pattern=pattern)
+
+    def res_block(theirs, ours, shortcut):
+        names = conv(f"{theirs}.conv1", f"{ours}/conv1") + conv(f"{theirs}.conv2", f"{ours}/conv2")
+        names += [Name(f"{theirs}.{norm}.gamma", f"{ours}/{norm}/gamma", GAMMA_3D) for norm in ("norm1", "norm2")]
+        return names + (conv(f"{theirs}.conv_shortcut", f"{ours}/shortcut") if shortcut else [])
+
+    def resample(theirs, ours, temporal):
+        names = conv(f"{theirs}.resample.1", f"{ours}/conv", CONV_2D)
+        return names + (conv(f"{theirs}.time_conv", f"{ours}/time_conv") if temporal else [])
+
+    names = conv("quant_conv", "quant_conv") + conv("post_quant_conv", "post_quant_conv")
+    for side in ("encoder", "decoder"):
+        middle, attention = f"{side}/middle", f"{side}.mid_block.attentions.0"
+        names += conv(f"{side}.conv_in", f"{side}/conv_in") + conv(f"{side}.conv_out", f"{side}/conv_out")
+        names += res_block(f"{side}.mid_block.resnets.0", f"{middle}/block1", False)
+        names += res_block(f"{side}.mid_block.resnets.1", f"{middle}/block2", False)
+        names += conv(f"{attention}.to_qkv", f"{middle}/attention/qkv", CONV_2D)
+        names += conv(f"{attention}.proj", f"{middle}/attention/proj", CONV_2D)
+        names.append(Name(f"{attention}.norm.gamma", f"{middle}/attention/norm/gamma", GAMMA_2D))
+        names.append(Name(f"{side}.norm_out.gamma", f"{side}/norm_out/gamma", GAMMA_3D))
+
+    # Our blocks are one flat list on either side; theirs is flat in the encoder and by stages in the decoder.
+    stages, down = config.width_multipliers, config.temporal_downsample
+    place = 0
+    for stage, (n_in, n_out) in enumerate(zip((1, *stages), stages)):
+        for i in range(config.num_res_blocks):
+            where = (f"encoder.down_blocks.{place}", f"encoder/blocks/{place}")
+            names += res_block(*where, shortcut=i == 0 and n_in != n_out)
+            place += 1
+        if stage < len(down):
+            names += resample(f"encoder.down_blocks.{place}", f"encoder/blocks/{place}", down[stage])
+            place += 1
+    place, n_in = 0, stages[-1]
+    for stage, n_out in enumerate(stages[::-1]):
+        for i in range(config.num_res_blocks + 1):
+            where = (f"decoder.up_blocks.{stage}.resnets.{i}", f"decoder/blocks/{place}")
+            # Widths, not multipliers: an upsampling halves the width before the next stage.
+            width = config.base_width * n_in // (2 if stage else 1)
+            names += res_block(*where, shortcut=i == 0 and width != config.base_width * n_out)
+            place += 1
+        if stage < len(down):
+            where = (f"decoder.up_blocks.{stage}.upsamplers.0", f"decoder/blocks/{place}")
+            names += resample(*where, down[::-1][stage])
+            place += 1
+        n_in = n_out
+    return names
+
+
+def text_names(config: TextConfig) -> list[Name]:
+    """The tensors of `UMT5EncoderModel` or, with a shared bias, `T5EncoderModel`."""
+    names = [Name("shared.weight", "embedding"), Name("encoder.final_layer_norm.weight", "norm/scale")]
+    for i in range(config.num_layers):
+        attention, mlp, ours = f"encoder.block.{i}.layer.0", f"encoder.block.{i}.layer.1", f"layers/{i}"
+        for letter in "qkvo":
+            names += _linear(f"{attention}.SelfAttention.{letter}", f"{ours}/{letter}", bias=False)
+        for theirs, mine in (("wi_0", "wi_gate"), ("wi_1", "wi"), ("wo", "wo")):
+            names += _linear(f"{mlp}.DenseReluDense.{theirs}", f"{ours}/{mine}", bias=False)
+        names.append(Name(f"{attention}.layer_norm.weight", f"{ours}/norm_attention/scale"))
+        names.append(Name(f"{mlp}.layer_norm.weight", f"{ours}/norm_mlp/scale"))
+        if i == 0 or not config.shared_bias:
+            names.append(Name(f"{attention}.SelfAttention.relative_attention_bias.weight", f"{ours}/bias"))
+    return names
+
+
+# Hyper-parameters: theirs -> ours. What is fixed in our architecture must have that value in a folder that is read.
+DIT_FIELDS = dict(
+    in_channels="in_channels", out_channels="out_channels", patch_size="patch_size", num_layers="num_layers",
+    num_attention_heads="num_heads", attention_head_dim="head_dim", ffn_dim="ffn_dim", text_dim="text_dim",
+    freq_dim="freq_dim", eps="eps",
+)  # fmt: skip
+DIT_FIXED = dict(
+    cross_attn_norm=True, qk_norm="rms_norm_across_heads", image_dim=None, added_kv_proj_dim=None,
+    pos_embed_seq_len=None,
+)  # fmt: skip
+VAE_FIELDS = dict(
+    base_dim="base_width", dim_mult="width_multipliers", num_res_blocks="num_res_blocks", z_dim="latent_channels",
+    temperal_downsample="temporal_downsample",
+)  # fmt: skip
+VAE_FIXED = dict(decoder_base_dim=None, attn_scales=[], is_residual=False)
+TEXT_FIELDS = dict(
+    vocab_size="vocab_size", d_model="width", num_layers="num_layers", num_heads="num_heads", d_kv="head_dim",
+    d_ff="ffn_dim", relative_attention_num_buckets="num_buckets", relative_attention_max_distance="max_distance",
+    layer_norm_epsilon="eps",
+)  # fmt: skip
+TEXT_FIXED = dict(feed_forward_proj="gated-gelu")
+
+
+def _config(cls, path, fields, fixed, **derived):
+    """Builds one of our configs from a config.json of theirs; `derived` fields are given, the rest is looked up."""
+    there = read_json(path)
+    for key, value in fixed.items():
+        if there.get(key, value) != value:
+            raise UserError(f"{path}: {key} = {there[key]!r} is not supported, only {value!r}: use another model")
+    missing = [key for key in fields if key not in there]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}: not the config of a model that sorax can read")
+    values = {ours: there[theirs] for theirs, ours in fields.items()}
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    try:
+        return cls(**values, **derived), there
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """What a WanPipeline folder holds: three configs, their parameters (float32 numpy in nested dicts), its sampler."""
+
+    vae_config: VAEConfig
+    vae: dict
+    dit_config: DiTConfig
+    dit: dict
+    text_config: TextConfig
+    text: dict
+    scheduler: dict  # scheduler_config.json
+    expand_timesteps: bool  # a timestep per token, with given frames at 0 (Wan 2.2 TI2V)
+
+    @property
+    def shift(self) -> float:
+        return self.scheduler.get("flow_shift", self.scheduler.get("shift", 1.0))
+
+
+def read_diffusers(folder) -> Pipeline:
+    """Reads a WanPipeline folder with safetensors weights.
+
+    Raises:
+        UserError: not such a folder, an architecture that sorax does not have, or tensors that are missing, not
+            expected, of another shape, not finite, or in a damaged file; the message names the file and the tensors.
+    """
+    folder = pathlib.Path(folder)
+    index = read_json(folder / "model_index.json")
+    kind, expand = index.get("_class_name"), bool(index.get("expand_timesteps"))
+    if kind != "WanPipeline" and not (kind == "WanImageToVideoPipeline" and expand):
+        raise UserError(f"{folder}: a {kind} is not supported, only WanPipeline: choose a Wan text-to-video model")
+    if (index.get("transformer_2") or [None])[0] or index.get("boundary_ratio") is not None:
+        raise UserError(f"{folder}: two transformers (a mixture by noise level) are not supported: use Wan 2.1 or TI2V")
+    vae_config, vae = read_vae(folder / "vae")
+    dit_config, dit = read_dit(folder / "transformer")
+    text_config, text = read_text(folder / "text_encoder")
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    return Pipeline(vae_config, vae, dit_config, dit, text_config, text, scheduler, expand)
+
+
+def read_dit(folder):
+    """Config and parameters of a `WanTransformer3DModel` folder. Raises UserError as `read_diffusers` does."""
+    config, _ = _config(DiTConfig, folder / "config.json", DIT_FIELDS, DIT_FIXED)
+    return config, read_params(folder, WEIGHTS, dit_names(config), abstract(DiT, config)[1])
+
+
+def read_vae(folder):
+    """Config and parameters of an `AutoencoderKLWan` folder. Raises UserError as `read_diffusers` does."""
+    path = folder / "config.json"
+    patch = read_json(path).get("patch_size") or 1
+    config, there = _config(VAEConfig, path, VAE_FIELDS, VAE_FIXED, pixel_patch=patch)
+    for key in ("in_channels", "out_channels"):
+        if there.get(key, 3) != 3 * patch**2:
+            raise UserError(f"{path}: {key} = {there[key]} does not fit RGB with patch_size {patch}: use another model")
+    stats = {}
+    for key in ("latents_mean", "latents_std"):
+        stats[key] = np.asarray(there.get(key, []), np.float32)
+        if stats[key].shape != (config.latent_channels,) or not np.isfinite(stats[key]).all():
+            raise UserError(f"{path}: {key} must hold {config.latent_channels} finite numbers, one a latent channel")
+    return config, read_params(folder, WEIGHTS, vae_names(config), abstract(VAE, config)[1], stats)
+
+
+def read_text(folder):
+    """Config and parameters of a UMT5 or T5 encoder folder. Raises UserError as `read_diffusers` does."""
+    path = folder / "config.json"
+    kind = read_json(path).get("model_type")
+    if kind not in ("umt5", "t5"):
+        raise UserError(f"{path}: model_type {kind!r} is not supported, only umt5 and t5: use another text encoder")
+    config, _ = _config(TextConfig, path, TEXT_FIELDS, TEXT_FIXED, shared_bias=kind == "t5")
+    aliases = {"encoder.embed_tokens.weight": "shared.weight"}  # the same table; some writers keep both names
+    return config, read_params(folder, TEXT_WEIGHTS, text_names(config), abstract(TextEncoder, config)[1], {}, aliases)
+
+
+def read_params(folder, stem, names, shapes, extra=None, aliases=None):
+    """Parameters of one network from the safetensors files of a folder.
+
+    Args:
+        stem: of the file names; names: its table; shapes: tree of ShapeDtypeStruct of our parameters.
+        extra: path -> array, parameters that are not among the tensors.
+        aliases: name -> other name of the same tensor.
+
+    Returns:
+        tree like `shapes` of float32 numpy arrays.
+    """
+    files, aliases = tensor_files(folder, stem), aliases or {}
+    for alias, name in aliases.items():
+        if alias in files:
+            files.setdefault(name, files[alias])
+    expected = {name.theirs for name in names}
+    _refuse(folder, "lacks", expected - files.keys())
+    _refuse(folder, "has unexpected", files.keys() - expected - aliases.keys())
+    leaves = {path_string(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
+    out = {path: np.empty(leaf.shape, np.float32) for path, leaf in leaves.items()}
+    unfilled = leaves.keys() - {name.ours for name in names} - (extra or {}).keys()
+    assert not unfilled, f"the name table leaves out {sorted(unfilled)}"
+    for path, value in (extra or {}).items():
+        out[path][...] = value
+
+    by_file = {}
+    for name in names:
+        by_file.setdefault(files[name.theirs], []).append(name)
+    for path, members in by_file.items():
+        with open_safetensors(path) as tensors:
+            inside = set(tensors.keys())
+            for name in members:
+                key = name.theirs if name.theirs in inside else _alias_of(name.theirs, aliases, inside)
+                if key is None:
+                    raise UserError(f"{path}: tensor {name.theirs} is not there, though the index says so")
+                found, wanted = tuple(tensors.get_slice(key).get_shape()), name.shape(leaves)
+                if found != wanted:
+                    raise UserError(f"{path}: {key} has shape {found}, the config asks for {wanted}")
+                value = np.asarray(tensors.get_tensor(key)).astype(np.float32)
+                if not np.isfinite(value).all():
+                    raise UserError(f"{path}: {key} holds NaN or infinite values: the file is damaged")
+                target = out[name.ours] if name.layer is None else out[name.ours][name.layer]
+                target[...] = name.to_ours(value)
+    return jax.tree_util.tree_map_with_path(lambda path, _: out[path_string(path)], shapes)
+
+
+def tensor_files(folder, stem) -> dict[str, pathlib.Path]:
+    """Tensor name -> file, from one safetensors file or from the index of several."""
+    folder = pathlib.Path(folder)
+    index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{index} has no weight_map: the index is damaged")
+        for file in set(weight_map.values()):
+            # A name with a folder in it could point anywhere on the disk.
+            if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
+                raise UserError(f"{index} names {file!r}, which is not a plain safetensors file beside it: refused")
+        for file in set(weight_map.values()):
+            with open_safetensors(folder / file) as tensors:
+                strays = {key for key in tensors.keys() if weight_map.get(key) != file}  # noqa: SIM118
+            _refuse(folder / file, "repeats, or has beside the index,", strays)
+        return {key: folder / file for key, file in weight_map.items()}
+    if single.exists():
+        with open_safetensors(single) as tensors:
+            return dict.fromkeys(tensors.keys(), single)
+    pickles = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    if pickles:
+        raise UserError(f"{folder}: {pickles[0]} is a pickle, which sorax does not open (it may run any code): load it "
+                        "with its own library and save it with safe_serialization=True")  # fmt: skip
+    raise UserError(f"{folder} has neither {single.name} nor {index.name}: not a complete model folder")
+
+
+def open_safetensors(path):
+    """Opens a safetensors file; UserError where it is missing or damaged."""
+    try:
+        return safe_open(path, framework="np")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read ({error}): copy it again") from error
+
+
+def read_json(path) -> dict:
+    """A JSON object from a file; UserError where there is none."""
+    try:
+        value = json.loads(pathlib.Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): not a complete model folder") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object: not a model folder")
+    return value
+
+
+def _alias_of(name, aliases, inside):
+    return next((alias for alias, other in aliases.items() if other == name and alias in inside), None)
+
+
+def _refuse(where, verb, names):
+    if names:
+        shown, more = sorted(names)[:3], len(names) - 3
+        tail = f" and {more} more" if more > 0 else ""
+        raise UserError(f"{where} {verb} {len(names)} tensor(s): {', '.join(shown)}{tail}; do config and weights fit?")
