@@ -1,0 +1,296 @@
+"""Video and image files to frames, through PyAV; bounded in pixels, frames and time.
+
+Times are in seconds from the first frame that decodes, whatever the container's clock says. An output frame
+is the input frame on screen at its time, so variable rates need no special case. A file is read with an
+allow-list of container formats: a playlist dressed up as a video cannot make FFmpeg open other files.
+
+Shapes: T frames, H height, W width. Files may be hostile; whatever is wrong with one is a DecodeError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import av
+import numpy as np
+from av.video.reformatter import Interpolation, VideoReformatter
+from PIL import Image, ImageOps
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif", ".mpg", ".mpeg", ".ts", ".flv", ".ogv")
+MAX_PIXELS = 8192 * 4320  # of one stored frame
+TIME_LIMIT = 60.0  # seconds of work on one file
+_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpeg,mpegts,flv,ogg,ivf"
+
+
+class DecodeError(Exception):
+    """A file that cannot be decoded; `reason` says why, without the file's name."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a file holds, as it is meant to be shown (rotated upright, square pixels).
+
+    num_frames and span (seconds from the first frame to the last) count no further than the limits that
+    probe was given. fps is the header's rate where the timestamps agree with it, else the measured one.
+    rotation is in degrees counter-clockwise, already applied to height and width.
+    """
+
+    num_frames: int
+    height: int
+    width: int
+    fps: float
+    span: float
+    rotation: int
+    is_image: bool = False
+
+    def frames_at(self, fps: float) -> int:
+        """Number of frames that the file fills at another rate."""
+        # The slack of a tenth of a frame forgives timestamps rounded to milliseconds.
+        return math.floor(self.span * fps + 0.1) + 1
+
+
+class _Clock:
+    """Raises DecodeError once the work on one file has taken too long."""
+
+    def __init__(self, limit: float):
+        self.limit, self.end = limit, time.monotonic() + limit
+
+    def check(self):
+        if time.monotonic() > self.end:
+            raise DecodeError(f"decoding took longer than {self.limit:g} s")
+
+
+@contextlib.contextmanager
+def _reasons():
+    """Turns what FFmpeg, Pillow and the file system raise into a DecodeError with a short reason."""
+    try:
+        yield
+    except DecodeError:
+        raise
+    except av.error.InvalidDataError as e:
+        raise DecodeError("not a video, or corrupt (invalid data)") from e
+    except (av.FFmpegError, OSError, EOFError) as e:
+        raise DecodeError(getattr(e, "strerror", None) or str(e) or type(e).__name__) from e
+    except (ValueError, SyntaxError, MemoryError, OverflowError, Image.DecompressionBombError) as e:
+        raise DecodeError(f"cannot be decoded ({e})") from e
+
+
+def _check_file(path: str):
+    if not os.path.exists(path):
+        raise DecodeError("no such file")
+    if not os.path.isfile(path):  # a named pipe would block for ever
+        raise DecodeError("not a regular file")
+    if os.path.getsize(path) == 0:
+        raise DecodeError("empty file (zero bytes)")
+
+
+@contextlib.contextmanager
+def _open(path: str, max_pixels: int):
+    """Opens the container; yields it and its main picture stream, to be decoded on one thread."""
+    options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file", "max_pixels": str(max_pixels)}
+    with av.open(path, options=options) as container:
+        streams = [s for s in container.streams.video if not _is_cover_art(s)]
+        if not streams:
+            raise DecodeError("holds no video stream")
+        stream = streams[0]
+        stream.codec_context.options = {"max_pixels": str(max_pixels)}
+        # One thread a file: callers run files in parallel, and frame threads would hold frames of their own.
+        stream.codec_context.thread_count = 1
+        yield container, stream
+
+
+def _is_cover_art(stream) -> bool:
+    return "attached_pic" in str(getattr(stream, "disposition", ""))
+
+
+def _rate(stream) -> float:
+    """The header's frame rate, or 0 if it has none."""
+    rate = stream.average_rate or stream.guessed_rate
+    return float(rate) if rate and 0 < rate < 1e6 else 0.0
+
+
+def _is_image(path: str) -> bool:
+    return path.lower().endswith(IMAGE_SUFFIXES)
+
+
+def _image_frame(path: str, max_pixels: int) -> av.VideoFrame:
+    """An image file, upright by its EXIF flag and on white where transparent, as a frame."""
+    with Image.open(path, formats=("PNG", "JPEG")) as image:
+        if image.width * image.height > max_pixels:
+            raise DecodeError(f"{image.width}x{image.height} is over the limit of {max_pixels} pixels")
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip
+            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+        elif "A" in image.mode or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return av.VideoFrame.from_image(image.convert("RGB"))
+
+
+def _upright_size(frame, stream) -> tuple[int, int, int]:
+    """(height, width, degrees to turn counter-clockwise) of a frame as it is meant to be shown."""
+    aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio
+    height, width = frame.height, frame.width
+    if aspect and 0.1 < aspect < 10:
+        width = max(1, round(width * float(aspect)))
+    turn = round(frame.rotation / 90) * 90 % 360
+    return (width, height, turn) if turn % 180 else (height, width, turn)
+
+
+def probe(path, *, max_seconds=math.inf, max_frames=math.inf, max_pixels=MAX_PIXELS, time_limit=TIME_LIMIT):
+    """Size, rotation, rate and length of a video or image file, from its packets and its first frame.
+
+    Reads no further than max_seconds or max_frames into the file, so that a film costs no more than a clip.
+    Returns a VideoInfo. Raises DecodeError if the file is missing, empty, no video, over max_pixels a frame,
+    shorter than its header says, or takes longer than time_limit seconds.
+    """
+    path = os.fspath(path)
+    clock = _Clock(time_limit)
+    with _reasons():
+        _check_file(path)
+        if _is_image(path):
+            frame = _image_frame(path, max_pixels)
+            return VideoInfo(1, frame.height, frame.width, 1.0, 0.0, 0, is_image=True)
+        with _open(path, max_pixels) as (container, stream):
+            return _probe_stream(container, stream, max_seconds, max_frames, clock)
+
+
+def _probe_stream(container, stream, max_seconds, max_frames, clock) -> VideoInfo:
+    first, times, num_packets, end, reached_end = None, set(), 0, 0.0, True
+    low, high = math.inf, -math.inf
+    for packet in container.demux():  # all streams: sound that goes on shows the file is whole
+        clock.check()
+        if packet.stream is stream and first is None:
+            first = next(iter(packet.decode()), None)
+        if packet.size == 0:
+            continue
+        stamp = packet.dts if packet.pts is None else packet.pts
+        if stamp is not None:
+            end = max(end, float((stamp + (packet.duration or 0)) * packet.time_base))
+        if packet.stream is not stream:
+            continue
+        num_packets += 1
+        if stamp is not None and not packet.is_discard:
+            now = float(stamp * packet.time_base)
+            times.add(now)
+            low, high = min(low, now), max(high, now)
+        # Packets come in decoding order: 32 more than needed covers any reordering.
+        if num_packets > max_frames + 32 or high - low > max_seconds + 1:
+            reached_end = False
+            break
+    if first is None:
+        raise DecodeError("no frame can be decoded")
+    if reached_end:
+        _check_whole(container, stream, num_packets, end, times)
+    rate = _rate(stream)
+    if first.time is None:  # no clock in the file: trust the rate
+        times = {i / (rate or 1.0) for i in range(num_packets)}
+    origin = first.time or 0.0
+    kept = sorted(t for t in times if origin - 1e-6 <= t <= origin + max_seconds) or [origin]
+    if max_frames < len(kept):
+        kept = kept[: int(max_frames)]
+    span = kept[-1] - origin
+    measured = (len(kept) - 1) / span if span > 0 else 0.0
+    # A header rate that is off (a live recording may say 1000) would repeat or drop frames.
+    fps = rate if rate and (not measured or 0.9 < rate / measured < 1.1) else measured or rate or 1.0
+    height, width, turn = _upright_size(first, stream)
+    return VideoInfo(len(kept), height, width, fps, span, turn)
+
+
+def _check_whole(container, stream, num_packets: int, end: float, times: set[float]):
+    """Raises DecodeError if the file stops well before what its header promises."""
+    if stream.frames and num_packets < 0.98 * stream.frames - 1:
+        raise DecodeError(f"truncated: {num_packets} of {stream.frames} frames are there")
+    if "matroska" in container.format.name and container.duration:
+        stamps = sorted(times)
+        gap = max((b - a for a, b in zip(stamps, stamps[1:])), default=0.0)
+        seconds = container.duration / av.time_base
+        if end < seconds - max(0.5, 0.05 * seconds, 2 * gap):
+            raise DecodeError(f"truncated: {end:.1f} of {seconds:.1f} s are there")
+
+
+def _frames(path: str, start: float, max_pixels: int, clock: _Clock) -> Iterator[tuple]:
+    """(time, frame, degrees to turn, header's rate) in order, from the frame shown at `start` or earlier."""
+    if _is_image(path):
+        yield 0.0, _image_frame(path, max_pixels), 0, 0.0
+        return
+    with _open(path, max_pixels) as (container, stream):
+        rate = _rate(stream)
+        origin = None
+        if start > 0:
+            # Time zero is the first frame that decodes; only then can a time be sought.
+            first = next(container.decode(stream), None)
+            if first is not None and first.time is not None:
+                origin = first.time
+                container.seek(int((origin + start) / stream.time_base), stream=stream)
+            else:  # no clock to seek by: count from the beginning
+                container.seek(0)
+        previous, count = -math.inf, 0
+        for frame in container.decode(stream):
+            clock.check()
+            now = count / (rate or 1.0) if frame.time is None else frame.time
+            origin = now if origin is None else origin
+            if now <= previous:  # a clock that stands still or jumps back
+                now = previous + 1 / (rate or 25.0)
+            previous, count = now, count + 1
+            turn = round(frame.rotation / 90) * 90 % 360
+            yield now - origin, frame, turn, rate
+
+
+def decode(path, num_frames, height, width, fps, start=0.0, *, max_pixels=MAX_PIXELS, time_limit=TIME_LIMIT):
+    """Decodes num_frames frames at fps from `start` seconds on, upright, scaled to height x width.
+
+    Frame k is the one on screen at start + k / fps, to within half a frame (of the file or of the result,
+    whichever is shorter). Scaling down averages areas (swscale), scaling up is bicubic; the aspect ratio is
+    the caller's affair. Holds one decoded frame beside the result.
+    Returns uint8 [T, H, W, 3]. Raises DecodeError if the file cannot be decoded that far.
+    """
+    path = os.fspath(path)
+    clock = _Clock(time_limit)
+    out, filled = None, 0
+    current, shown, last = None, None, 0.0  # the newest frame at or before the wanted time; its pixels, if made
+    reformatter = VideoReformatter()
+    with _reasons():
+        _check_file(path)
+        slack = rate = 0.0
+        for now, frame, turn, rate in _frames(path, start, max_pixels, clock):
+            if out is None:
+                out = np.empty((num_frames, height, width, 3), np.uint8)
+                slack = 0.5 * min(1 / fps, 1 / rate if rate else math.inf)
+            while filled < num_frames and current is not None and start + filled / fps + slack < now:
+                shown = _pixels(reformatter, *current, height, width) if shown is None else shown
+                out[filled], filled = shown, filled + 1
+            if filled == num_frames:
+                return out
+            current, shown, last = (frame, turn), None, now
+        if current is None:
+            raise DecodeError("no frame can be decoded")
+        # The last frame stays on screen for its own duration, no longer.
+        stays = max(1 / fps, 1 / rate) if rate else 0.5 / fps
+        shown = _pixels(reformatter, *current, height, width)
+        while filled < num_frames:
+            wanted = start + filled / fps
+            if wanted > last + stays + 1e-6:
+                raise DecodeError(f"ends at {last:.2f} s: {filled} of {num_frames} frames at {fps:g} fps decode")
+            out[filled], filled = shown, filled + 1
+    return out
+
+
+def _pixels(reformatter, frame, turn: int, height: int, width: int) -> np.ndarray:
+    """One frame as RGB [H, W, 3], scaled before it is turned (the scaler cannot turn)."""
+    h, w = (width, height) if turn % 180 else (height, width)
+    smaller = h <= frame.height and w <= frame.width
+    scaled = reformatter.reformat(
+        frame, w, h, "rgb24", interpolation=Interpolation.AREA if smaller else Interpolation.BICUBIC
+    )
+    return np.rot90(scaled.to_ndarray(), turn // 90)
