@@ -49,8 +49,8 @@ class WorldConfig:
       the others never contain) | ood (speeds and radii outside the training ranges).
     shapes: (frames, height, width), one drawn per item. extent: world units along the frame's shorter side; fewer
       show the objects larger. num_objects: inclusive range within 1..3. captions: short | detailed | mixed.
-    horizon: the seconds for which objects are placed to stay in the frame; None: as long as the item's own clip.
-      With a number, items of different lengths begin alike.
+    horizon: the seconds for which objects are placed to stay in the frame; None: as long as the item's own clip (an
+      image: one second). With a number, an item of another length is the same video, cut or continued.
     """
 
     split: str = "train"
@@ -91,7 +91,7 @@ class WorldConfig:
         least = 7.0 if self.split == "ood" else 5.0
         _check(least <= self.extent <= 100, "extent", self.extent,
                f"the largest objects of split {self.split!r} need {least:g} units, and 100 is the most")  # fmt: skip
-        _check(self.horizon is None or self.horizon >= 0, "horizon", self.horizon, "use seconds >= 0, or None")
+        _check(self.horizon is None or self.horizon > 0, "horizon", self.horizon, "use seconds > 0, or None")
         _check(len(self.shapes) > 0, "shapes", self.shapes, "give at least one (frames, height, width)")
         for shape in self.shapes:
             good = len(shape) == 3 and shape[0] >= 1 and min(shape[1:]) >= 8
@@ -178,7 +178,9 @@ class World:
         """What happens in an item, in world units and continuous time."""
         config, index = self.config, self._index(index)
         num_frames, height, width = self.frame_shape(index)
-        horizon = (num_frames - 1) / config.fps if config.horizon is None else config.horizon
+        horizon = config.horizon
+        if horizon is None:
+            horizon = (num_frames - 1) / config.fps if num_frames > 1 else 1.0
         unit = config.extent / min(height, width)
         return sample_scene(
             config.split, config.seed, index, (width * unit, height * unit), horizon,
@@ -204,9 +206,7 @@ class World:
         """dict(video uint8 [T, H, W, 3], caption, fps, key)."""
         scene = self.scene(index)
         spec = self.spec(index, scene)
-        video = self.scene_video(
-            scene, num_frames=spec.num_frames, height=spec.height, width=spec.width, fps=spec.fps
-        )
+        video = self.scene_video(scene, num_frames=spec.num_frames, height=spec.height, width=spec.width, fps=spec.fps)
         return {"video": video, "caption": spec.caption, "fps": spec.fps, "key": spec.key}
 
     @staticmethod

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from data_pipelines.world_physics import extents
 from data_pipelines.world_scene import Body, Scene
 
 _COUNTS = {1: "One object", 2: "Two objects", 3: "Three objects"}
@@ -90,11 +91,13 @@ def _sentence(scene: Scene, i: int, duration: float) -> str:
         return f"{subject} starts {place} and moves {body.direction} {_speed(body)}"
     if body.motion == "bounce":
         hits = sum(k == "wall" and a == i for _, k, a, _ in scene.contacts(duration))
-        times = {0: "", 1: " once", 2: " twice"}.get(hits, f" {hits} times")
-        return f"{subject} starts {place} and moves {_speed(body)}, bouncing off the walls{times}"
+        if hits == 0:
+            return f"{subject} starts {place} and moves {_speed(body)}"
+        walls = {1: "a wall", 2: "the walls twice"}.get(hits, f"the walls {hits} times")
+        return f"{subject} starts {place} and bounces off {walls} {_speed(body)}"
     if body.motion == "fall":
-        end = ", hits the floor and bounces" if _has(scene, i, "floor", duration) else ""
-        return f"{subject} falls from {_spot(scene, body)}{end}"
+        falls = ", falls, hits the floor and bounces" if _has(scene, i, "floor", duration) else " and falls"
+        return f"{subject} starts {place}{falls}"
     if body.motion == "throw":
         return f"{subject} is thrown up and to the {body.sense} {_speed(body)} and flies in an arc"
     if body.motion == "orbit":
@@ -111,31 +114,20 @@ def _sentence(scene: Scene, i: int, duration: float) -> str:
 
 def _clears(scene: Scene, i: int, duration: float) -> bool:
     """Whether object i is clear of the bar again after `duration` seconds."""
-    from data_pipelines.world_physics import extents
-
     body, axis = scene.bodies[i], scene.bar.axis
     at = float(body.path.state(np.array([duration]))[0][0, axis])
     low, high = extents(body.shape)[axis] * body.radius, extents(body.shape)[axis + 2] * body.radius
     return at - low >= scene.bar.high if body.direction in ("right", "down") else at + high <= scene.bar.low
 
 
-def _spot(scene: Scene, body: Body) -> str:
+def _place(scene: Scene, body: Body) -> str:
     """Where the object is at time 0, by thirds of the frame."""
     x, y = body.path.state(np.zeros(1))[0][0] / (scene.width, scene.height)
-    down = "top" if y < 1 / 3 else "bottom" if y > 2 / 3 else "middle"
-    across = "left" if x < 1 / 3 else "right" if x > 2 / 3 else "middle"
-    if down == across:
-        return "the middle"
-    if "middle" in (down, across):
-        return f"the {across if down == 'middle' else down}"
-    return f"the {down} {across}"
-
-
-def _place(scene: Scene, body: Body) -> str:
-    spot = _spot(scene, body)
-    return {"the middle": "in the middle", "the left": "on the left", "the right": "on the right"}.get(
-        spot, f"at {spot}"
-    )
+    down = "top" if y < 1 / 3 else "bottom" if y > 2 / 3 else ""
+    across = "left" if x < 1 / 3 else "right" if x > 2 / 3 else ""
+    if down:
+        return f"at the {down} {across}".rstrip()
+    return f"on the {across}" if across else "in the middle"
 
 
 def _relation(scene: Scene) -> str:
@@ -150,17 +142,21 @@ def _relation(scene: Scene) -> str:
 
 def _events(scene: Scene, duration: float) -> str:
     """The first contact of each object or pair in order, if there are two or more; a lone collision is told too."""
-    told, seen = [], set()
+    told, seen, last = [], set(), None
     for _, kind, i, j in scene.contacts(duration):
         if (kind, i, j) in seen or len(told) == 3:
             continue
         seen.add((kind, i, j))
+        who = f"the {_name(scene.bodies[i])}"
         if kind == "object":
-            told.append(f"the {_name(scene.bodies[i])} and the {_name(scene.bodies[j])} collide")
+            told.append(f"{who} and the {_name(scene.bodies[j])} collide")
+        elif kind == last:
+            told.append(who)
         else:
-            told.append(f"the {_name(scene.bodies[i])} hits {'a wall' if kind == 'wall' else 'the floor'}")
+            told.append(f"{who} hits {'a wall' if kind == 'wall' else 'the floor'}")
+        last = kind
     if len(told) == 1:
-        return f"{told[0][0].upper()}{told[0][1:]}." if " and " in told[0] else ""
+        return f"{told[0][0].upper()}{told[0][1:]}." if last == "object" else ""
     return f"First {', then '.join(told)}." if told else ""
 
 

@@ -304,7 +304,7 @@ class _Stage:
             names, ends = names[::-1], ends[::-1]
         start, misfit = self._in_frame(shape, max(ends), ((0, 0), (0, 0)))
         path = physics.straight(start, (0.0, 0.0))
-        body = Body(color, shape, names[0], "resize", None, None, sense, path, *ends, max(self.horizon, 0.5))
+        body = Body(color, shape, names[0], "resize", None, None, sense, path, *ends, self.horizon)
         return [body], misfit, None, []
 
     def _occlude(self, color, shape, direction, sense):
@@ -348,7 +348,7 @@ class _Stage:
         far = reach(shape_a) * radius_a + reach(shape_b) * radius_b
         offset = -2.0 * far * toward + self.draws.uniform(-0.5, 0.5) * (radius_a + radius_b) * toward[::-1] * (-1, 1)
         wait, _ = physics.first_contact(shape_a, radius_a, shape_b, radius_b, offset, relative)
-        time = self.draws.uniform(0.3, 0.6) * max(self.horizon, 0.5)
+        time = self.draws.uniform(0.3, 0.6) * self.horizon
         apart = offset + relative * (wait - time)
         middle = np.array([side * self.draws.uniform(0.4, 0.6) for side in self.size])
         start_b = middle - vb * time - (apart + relative * time) / 2
