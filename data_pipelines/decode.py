@@ -252,38 +252,49 @@ def decode(path, num_frames, height, width, fps, start=0.0, *, max_pixels=MAX_PI
 
     Frame k is the one on screen at start + k / fps, to within half a frame (of the file or of the result,
     whichever is shorter). Scaling down averages areas (swscale), scaling up is bicubic; the aspect ratio is
-    the caller's affair. Holds one decoded frame beside the result.
+    the caller's affair. Holds one or two decoded frames beside the result.
     Returns uint8 [T, H, W, 3]. Raises DecodeError if the file cannot be decoded that far.
     """
-    path = os.fspath(path)
-    clock = _Clock(time_limit)
-    out, filled = None, 0
-    current, shown, last = None, None, 0.0  # the newest frame at or before the wanted time; its pixels, if made
+    out, before = None, None
     reformatter = VideoReformatter()
     with _reasons():
-        _check_file(path)
-        slack = rate = 0.0
-        for now, frame, turn, rate in _frames(path, start, max_pixels, clock):
-            if out is None:
+        for k, (frame, turn) in enumerate(_select(path, num_frames, fps, start, max_pixels, _Clock(time_limit))):
+            if out is None:  # only now: a broken file must not cost the memory of a whole clip
                 out = np.empty((num_frames, height, width, 3), np.uint8)
-                slack = 0.5 * min(1 / fps, 1 / rate if rate else math.inf)
-            while filled < num_frames and current is not None and start + filled / fps + slack < now:
-                shown = _pixels(reformatter, *current, height, width) if shown is None else shown
-                out[filled], filled = shown, filled + 1
-            if filled == num_frames:
-                return out
-            current, shown, last = (frame, turn), None, now
-        if current is None:
-            raise DecodeError("no frame can be decoded")
-        # The last frame stays on screen for its own duration, no longer.
-        stays = max(1 / fps, 1 / rate) if rate else 0.5 / fps
-        shown = _pixels(reformatter, *current, height, width)
-        while filled < num_frames:
-            wanted = start + filled / fps
-            if wanted > last + stays + 1e-6:
-                raise DecodeError(f"ends at {last:.2f} s: {filled} of {num_frames} frames at {fps:g} fps decode")
-            out[filled], filled = shown, filled + 1
+            out[k] = out[k - 1] if frame is before else _pixels(reformatter, frame, turn, height, width)
+            before = frame
     return out
+
+
+def verify(path, num_frames, height, width, fps, start=0.0, *, max_pixels=MAX_PIXELS, time_limit=TIME_LIMIT):
+    """Raises the DecodeError that decode would raise, without making or holding the pixels."""
+    with _reasons():
+        for k, (frame, turn) in enumerate(_select(path, num_frames, fps, start, max_pixels, _Clock(time_limit))):
+            if k == 0:  # a pixel format that cannot be converted shows in the first frame
+                _pixels(VideoReformatter(), frame, turn, height, width)
+
+
+def _select(path, num_frames: int, fps: float, start: float, max_pixels: int, clock: _Clock) -> Iterator[tuple]:
+    """(frame, degrees to turn) on screen at start + k / fps, for each k; a repeated frame is the same object."""
+    path = os.fspath(path)
+    _check_file(path)
+    k, current, last, rate = 0, None, 0.0, 0.0
+    for now, frame, turn, rate in _frames(path, start, max_pixels, clock):
+        slack = 0.5 * min(1 / fps, 1 / rate if rate else math.inf)
+        while current is not None and start + k / fps + slack < now:
+            yield current
+            k += 1
+            if k == num_frames:
+                return
+        current, last = (frame, turn), now
+    if current is None:
+        raise DecodeError("no frame can be decoded")
+    # The last frame stays on screen for its own duration, no longer.
+    stays = max(1 / fps, 1 / rate) if rate else 0.5 / fps
+    for k in range(k, num_frames):
+        if start + k / fps > last + stays + 1e-6:
+            raise DecodeError(f"ends at {last:.2f} s: {k} of {num_frames} frames at {fps:g} fps decode")
+        yield current
 
 
 def _pixels(reformatter, frame, turn: int, height: int, width: int) -> np.ndarray:
