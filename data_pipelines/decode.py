@@ -291,10 +291,11 @@ def _select(path, num_frames: int, fps: float, start: float, max_pixels: int, cl
         raise DecodeError("no frame can be decoded")
     # The last frame stays on screen for its own duration, no longer.
     stays = max(1 / fps, 1 / rate) if rate else 0.5 / fps
-    for k in range(k, num_frames):
+    while k < num_frames:
         if start + k / fps > last + stays + 1e-6:
             raise DecodeError(f"ends at {last:.2f} s: {k} of {num_frames} frames at {fps:g} fps decode")
         yield current
+        k += 1
 
 
 def _pixels(reformatter, frame, turn: int, height: int, width: int) -> np.ndarray:

@@ -1,0 +1,162 @@
+"""Videos, pictures and contact sheets to files; a file appears whole or not at all.
+
+Shapes: T frames, H height, W width. A video is uint8 [T, H, W, 3].
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import textwrap
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from sorax.errors import UserError
+
+SUFFIXES = (".mp4", ".gif", ".png")
+
+
+@contextlib.contextmanager
+def _whole(path: Path):
+    """Yields a temporary name beside `path` that becomes `path` at the end, or is removed after an error."""
+    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        os.replace(part, path)
+    except (OSError, av.FFmpegError) as e:
+        raise UserError(
+            f"cannot write {path}: {e.strerror or e}; free space, or name another file that can be written"
+        ) from e
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+def _check_video(video: np.ndarray) -> np.ndarray:
+    video = np.asarray(video)
+    if video.dtype != np.uint8 or video.ndim != 4 or video.shape[-1] != 3 or 0 in video.shape:
+        raise ValueError(f"a video is uint8 [T, H, W, 3] and not empty; got {video.dtype} {list(video.shape)}")
+    return video
+
+
+def check_suffix(path: str | os.PathLike, num_frames: int):
+    """Raises UserError if write_video could not write so many frames to a file of this name."""
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise UserError(f"cannot write {path}: its name must end in one of {', '.join(SUFFIXES)}")
+    if suffix == ".png" and num_frames != 1:
+        raise UserError(f"cannot write {num_frames} frames to {path}: a .png holds one; name a .mp4 or .gif file")
+
+
+def write_video(path: str | os.PathLike, video: np.ndarray, fps: float):
+    """Writes uint8 [T, H, W, 3] at fps frames per second: .mp4, .gif, or .png for a single frame.
+
+    .mp4 is H.264 in yuv420p with its index first, which every player and browser reads. That format has even
+    sides only: a last row or column is repeated where H or W is odd, so the file is one pixel larger there.
+    Folders on the way are made. Raises UserError if the name's ending is unknown or the file cannot be written.
+    """
+    path, video = Path(path), _check_video(video)
+    check_suffix(path, len(video))
+    with _whole(path) as part:
+        if path.suffix.lower() == ".mp4":
+            _write_mp4(part, video, fps)
+        elif path.suffix.lower() == ".gif":
+            part.write_bytes(gif_bytes(video, fps))
+        else:
+            Image.fromarray(video[0]).save(part)
+
+
+def _write_mp4(path: Path, video: np.ndarray, fps: float):
+    height, width = video.shape[1:3]
+    video = np.pad(video, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    with av.open(os.fspath(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.height, stream.width = video.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": "17", "preset": "medium"}
+        for frame in video:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def gif_bytes(video: np.ndarray, fps: float) -> bytes:
+    """An endlessly looping GIF of uint8 [T, H, W, 3]; TensorBoard plays it where it expects a picture.
+
+    A GIF counts time in hundredths of a second: single frames are rounded, the whole keeps its duration.
+    Viewers slow down frames shorter than two hundredths, so fps above 50 is shown at 50.
+    """
+    video = _check_video(video)
+    ends = np.rint(np.arange(len(video) + 1) * 100 / min(fps, 50.0))
+    durations = [int(d) * 10 for d in np.diff(ends)]
+    frames = [Image.fromarray(f).quantize(256, dither=Image.Dither.NONE) for f in video]
+    out = io.BytesIO()
+    frames[0].save(
+        out, "GIF", save_all=True, append_images=frames[1:], duration=durations if len(video) > 1 else durations[0],
+        loop=0, optimize=False,
+    )  # fmt: skip
+    return out.getvalue()
+
+
+def contact_sheet(
+    videos: Sequence[np.ndarray], captions: Sequence[str], columns: int = 6, cell: int = 96
+) -> np.ndarray:
+    """A picture of several videos: a row each, its caption above it, `columns` of its frames across.
+
+    Frames are spread evenly from the first to the last. A frame smaller than `cell` pixels is enlarged by a whole
+    number, its pixels kept square and sharp; one larger than three cells is scaled down to that.
+    Arguments: videos, uint8 [T, H, W, 3], their sizes free; one caption for each. Returns uint8 [H, W, 3].
+    """
+    if len(videos) != len(captions) or not videos:
+        raise ValueError(f"{len(videos)} videos and {len(captions)} captions: one for each, at least one")
+    font, gap, background, ink = ImageFont.load_default(), 4, (24, 24, 24), (235, 235, 235)
+    strips = [_strip(_check_video(v), columns, cell, gap, background) for v in videos]
+    width = max(240, *(s.width for s in strips)) + 2 * gap
+    letter = max(1, int(font.getlength("n")))
+    texts = ["\n".join(textwrap.wrap(_plain(c), max(1, (width - 2 * gap) // letter))) for c in captions]
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    heights = [int(measure.multiline_textbbox((0, 0), t or " ", font=font)[3]) + 1 for t in texts]
+    sheet = Image.new("RGB", (width, gap + sum(h + s.height + 3 * gap for h, s in zip(heights, strips))), background)
+    draw, y = ImageDraw.Draw(sheet), gap
+    for strip, text, height in zip(strips, texts, heights):
+        draw.multiline_text((gap, y), text, fill=ink, font=font)
+        sheet.paste(strip, (gap, y + height + gap))
+        y += height + strip.height + 3 * gap
+    return np.asarray(sheet)
+
+
+def write_sheet(
+    path: str | os.PathLike, videos: Sequence[np.ndarray], captions: Sequence[str], columns: int = 6, cell: int = 96
+):
+    """Writes contact_sheet(videos, captions, columns, cell) as a PNG. Raises UserError if it cannot be written."""
+    sheet = contact_sheet(videos, captions, columns, cell)
+    with _whole(Path(path)) as part:
+        Image.fromarray(sheet).save(part, "PNG")
+
+
+def _strip(video: np.ndarray, columns: int, cell: int, gap: int, background: tuple) -> Image.Image:
+    count, height, width = video.shape[:3]
+    picks = np.unique(np.rint(np.linspace(0, count - 1, min(columns, count))).astype(int))
+    longer = max(height, width)
+    scale = max(1, round(cell / longer))
+    size = (width * scale, height * scale)
+    if longer > 3 * cell:
+        size = (max(1, width * 3 * cell // longer), max(1, height * 3 * cell // longer))
+    way = Image.Resampling.BOX if longer > 3 * cell else Image.Resampling.NEAREST
+    strip = Image.new("RGB", (len(picks) * (size[0] + gap) - gap, size[1]), background)
+    for i, pick in enumerate(picks):
+        strip.paste(Image.fromarray(video[pick]).resize(size, way), (i * (size[0] + gap), 0))
+    return strip
+
+
+def _plain(caption: str) -> str:
+    """The caption in letters that Pillow's smallest built-in font has."""
+    return caption.encode("latin-1", "replace").decode("latin-1")
