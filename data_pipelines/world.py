@@ -49,6 +49,7 @@ class WorldConfig:
       the others never contain) | ood (speeds and radii outside the training ranges).
     shapes: (frames, height, width), one drawn per item. extent: world units along the frame's shorter side; fewer
       show the objects larger. num_objects: inclusive range within 1..3. captions: short | detailed | mixed.
+    motions: a motion that is named twice is drawn twice as often.
     horizon: the seconds for which objects are placed to stay in the frame; None: as long as the item's own clip (an
       image: one second). With a number, an item of another length is the same video, cut or continued.
     """

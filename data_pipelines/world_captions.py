@@ -99,7 +99,7 @@ def _sentence(scene: Scene, i: int, duration: float) -> str:
         falls = ", falls, hits the floor and bounces" if _has(scene, i, "floor", duration) else " and falls"
         return f"{subject} starts {place}{falls}"
     if body.motion == "throw":
-        return f"{subject} is thrown up and to the {body.sense} {_speed(body)} and flies in an arc"
+        return f"{subject} is thrown up and to the {body.sense} {_speed(body)}"
     if body.motion == "orbit":
         return f"{subject} circles {body.sense} {_speed(body)}"
     if body.motion == "resize":

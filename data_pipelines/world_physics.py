@@ -17,7 +17,7 @@ import numpy as np
 
 SHAPES = ("circle", "square", "triangle", "star")
 GRAVITY = 9.8  # units / s^2, downward
-RESTITUTION = 0.7  # speed kept by a falling object at each bounce off the floor; walls and collisions keep all
+RESTITUTION = 0.7  # vertical speed kept at a bounce off the floor; walls and collisions keep all
 REST_SPEED = 0.05  # a bounce slower than this (1.3e-4 units high) is the last: the object then lies on the floor
 _STAR_INNER = 0.4  # inner over outer radius of the star
 
@@ -137,23 +137,22 @@ def straight(start, velocity) -> Flight:
     return Flight(((0.0, *start, *velocity, 0.0),))
 
 
-def throw(start, velocity) -> Flight:
-    """A parabola under gravity."""
-    return Flight(((0.0, *start, *velocity, GRAVITY),))
+def fall(start, floor: float, velocity=(0.0, 0.0)) -> Flight:
+    """A fall or a throw under gravity until the centroid is at y = `floor`, then bounces with RESTITUTION.
 
-
-def fall(start, floor: float) -> Flight:
-    """A fall from rest until the centroid is at y = `floor`, then bounces with RESTITUTION until at rest there."""
-    x, y = start
-    time, speed = math.sqrt(2 * (floor - y) / GRAVITY), math.sqrt(2 * GRAVITY * (floor - y))
-    knots, hits = [(0.0, x, y, 0.0, 0.0, GRAVITY)], []
+    The floor is without friction: the speed along it never changes, also once the object no longer bounces.
+    """
+    (x, y), (vx, vy) = start, velocity
+    speed = math.sqrt(vy**2 + 2 * GRAVITY * (floor - y))  # downward, when it lands
+    time = (speed - vy) / GRAVITY
+    knots, hits = [(0.0, x, y, vx, vy, GRAVITY)], []
     while True:
         hits.append((time, "floor"))
         speed *= RESTITUTION
+        at = (time, x + vx * time, floor, vx)
         if speed < REST_SPEED:
-            knots.append((time, x, floor, 0.0, 0.0, 0.0))
-            return Flight(tuple(knots), tuple(hits))
-        knots.append((time, x, floor, 0.0, -speed, GRAVITY))
+            return Flight((*knots, (*at, 0.0, 0.0)), tuple(hits))
+        knots.append((*at, -speed, GRAVITY))
         time += 2 * speed / GRAVITY
 
 

@@ -201,6 +201,13 @@ class _Stage:
         bin_ = self.draws.choice(tuple(self.speeds))
         return bin_, self.draws.uniform(*self.speeds[bin_])
 
+    def _slowed(self, shape, radius, bin_, speed, unit) -> float:
+        """The speed, or if that is too fast to stay in the frame: as fast as fits, within its bin."""
+        for u, (low, high) in zip(unit, self._room(shape, radius)):
+            if abs(u) * speed * self.horizon > high - low:
+                speed = max((high - low) / (abs(u) * self.horizon), self.speeds[bin_][0])
+        return speed
+
     def _room(self, shape, radius):
         """(low, high) of the centroid along x and y for an object that is wholly in the frame."""
         left, top, right, bottom = extents(shape)
@@ -229,15 +236,9 @@ class _Stage:
 
     def _straight(self, color, shape, direction, sense):
         (size, radius), (bin_, speed) = self._radius(), self._speed()
+        speed = self._slowed(shape, radius, bin_, speed, UNIT[direction])
         velocity = tuple(speed * u for u in UNIT[direction])
         reaches = [(max(0.0, -v * self.horizon), max(0.0, v * self.horizon)) for v in velocity]
-        for axis, (low, high) in enumerate(self._room(shape, radius)):
-            excess = sum(reaches[axis]) / (high - low)
-            slower = max(speed / max(excess, 1e-9), self.speeds[bin_][0])
-            if excess > 1 and slower < speed:  # too fast to stay: as fast as fits, within the bin
-                velocity = tuple(v * slower / speed for v in velocity)
-                reaches = [(b * slower / speed, a * slower / speed) for b, a in reaches]
-                speed = slower
         start, misfit = self._in_frame(shape, radius, reaches)
         path = physics.straight(start, velocity)
         return [self._body(color, shape, "straight", path, size, radius, bin_, direction)], misfit, None, []
@@ -266,7 +267,8 @@ class _Stage:
 
     def _throw(self, color, shape, direction, sense):
         (size, radius), (bin_, speed) = self._radius(), self._speed()  # the speed is the horizontal one
-        across = speed if sense == "right" else -speed
+        toward = 1.0 if sense == "right" else -1.0
+        across = toward * self._slowed(shape, radius, bin_, speed, (toward, 0.0))
         top, floor = self._room(shape, radius)[1]
         # A launch that comes back to about its own height at the end, if the frame is high enough for it.
         launch = physics.GRAVITY * self.horizon * self.draws.uniform(0.3, 0.55)
@@ -274,9 +276,10 @@ class _Stage:
         rise = launch**2 / (2 * physics.GRAVITY)
         drop = max(0.0, (0.5 * physics.GRAVITY * self.horizon - launch) * self.horizon)
         travel = across * self.horizon
-        reaches = ((max(0.0, -travel), max(0.0, travel)), (rise, drop))
+        # In a longer clip than the frame is high for, it lands before the end and bounces.
+        reaches = ((max(0.0, -travel), max(0.0, travel)), (rise, min(drop, floor - top - rise)))
         start, misfit = self._in_frame(shape, radius, reaches)
-        path = physics.throw(start, (across, -launch))
+        path = physics.fall(start, floor, (across, -launch))
         return [self._body(color, shape, "throw", path, size, radius, bin_, None, sense)], misfit, None, []
 
     def _orbit(self, color, shape, direction, sense):

@@ -130,6 +130,19 @@ def chords(shape, centre, radius, rows, cols, lines=400):
     return out.reshape(cols, rows, lines).mean(-1).T
 
 
+def test_a_pixel_is_the_nearest_level_to_its_mean_colour():
+    world = World(WorldConfig(motions=("orbit",), num_objects=(1, 1), backgrounds=("plain",)))
+    for i in range(10):
+        scene = world.scene(i)
+        (body,), times = scene.bodies, np.arange(9) / 8.0
+        cover = coverage(
+            body.shape, body.path.state(times)[0] * 3.2, np.full(9, body.radius * 3.2), np.zeros((9, 2)), 32, 32
+        )
+        tone, color = (np.array(rgb, float) for rgb in (TONES[scene.background.tones[0]], COLORS[body.color]))
+        exact = tone + cover[..., None] * (color - tone)
+        assert np.abs(world[i]["video"] - exact).max() < 0.5 + 1e-4
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_coverage_is_the_exact_area_in_every_pixel(shape):
     rng = np.random.default_rng(0)
@@ -281,10 +294,10 @@ def test_sizes_and_speeds_are_in_the_ranges_of_their_split(split, radii, speeds)
 
 def test_captions_name_what_is_there():
     for style in ("short", "detailed"):
-        world = World(WorldConfig(captions=style))
+        world = World(WorldConfig(captions=style, shapes=((9, 32, 32), (33, 32, 32))))
         for i in range(300):
             caption, truth = world.spec(i).caption, world.truth(i)
-            assert len(caption.encode()) <= 480  # fits 511 byte tokens
+            assert len(caption.encode()) <= 511  # fits the 512 slots of a byte tokenizer
             assert "  " not in caption and "a orange" not in caption.lower()
             for one in truth.objects:
                 size = f"{one.size} " if style == "detailed" else ""

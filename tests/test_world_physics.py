@@ -118,15 +118,20 @@ def test_fall_is_gravity_between_bounces_that_keep_the_stated_share_of_speed():
         assert (physics.RESTITUTION * abs(before[-1])) ** 2 * physics.RESTITUTION**2 / (2 * physics.GRAVITY) < 2e-4
 
 
-def test_throw_is_a_parabola_up_and_sideways():
-    times = np.linspace(0, 2, 50)
-    for _, body in bodies("throw"):
+def test_throw_is_a_parabola_up_and_sideways_until_it_lands():
+    for scene, body in bodies("throw", shapes=((17, 32, 32),), extent=7.0):
+        landing = body.path.contacts(np.inf)[0][0]
+        times = np.linspace(0, landing, 50)
         position, velocity = body.path.state(times)
         start, launch = position[0], velocity[0]
         np.testing.assert_allclose(position[:, 0], start[0] + launch[0] * times, atol=1e-12)
         fall = launch[1] * times + physics.GRAVITY * times**2 / 2
-        np.testing.assert_allclose(position[:, 1], start[1] + fall, atol=1e-12)
+        np.testing.assert_allclose(position[:, 1], start[1] + fall, atol=1e-9)
+        floor = scene.height - physics.extents(body.shape)[3] * body.radius
+        assert position[-1, 1] == pytest.approx(floor)
         assert launch[1] < 0 and (launch[0] > 0) == (body.sense == "right")
+        later = body.path.state(np.linspace(landing, 3 * landing, 99))
+        assert (later[0][:, 1] <= floor + 1e-9).all() and (later[1][:, 0] == launch[0]).all()
 
 
 def test_orbit_is_uniform_circular_motion_in_the_stated_sense():
