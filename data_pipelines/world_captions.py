@@ -12,6 +12,7 @@ import numpy as np
 from data_pipelines.world_physics import extents
 from data_pipelines.world_scene import Body, Scene
 
+_LONGEST = 511  # bytes, of the 512 text slots less the end mark: the order of events is left out where it would not fit
 _COUNTS = {1: "One object", 2: "Two objects", 3: "Three objects"}
 _SPEED = {"slow": "slowly", "medium": "at medium speed", "fast": "fast"}
 
@@ -176,4 +177,4 @@ def detailed_caption(scene: Scene, duration: float) -> str:
         sentences.append(relation[0].upper() + relation[1:] if duration <= 0 else f"At the start {relation}")
     text = ". ".join(sentences) + "."
     events = _events(scene, duration) if duration > 0 else ""
-    return f"{text} {events}" if events else text
+    return f"{text} {events}" if events and len(text) + len(events) < _LONGEST else text
