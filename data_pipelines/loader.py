@@ -9,6 +9,7 @@ Letters: B = rows or clips of a batch over all processes, B_local = of this proc
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
+from functools import lru_cache
 
 import grain
 import numpy as np
@@ -21,6 +22,10 @@ from sorax.patchify import PATCH_SIZE, num_tokens, patchify, positions
 
 _ENDLESS = 1 << 48  # grain wants a length: more batches than anybody trains on
 _KEPT_PLANS = 2  # reading ahead crosses from one epoch into the next
+
+
+# Small samples are read by the thousand, and there are few shapes.
+_positions = lru_cache(maxsize=256)(positions)
 
 
 class RowSource:
@@ -128,7 +133,7 @@ class RowSource:
                 tokens = np.zeros((self.row_tokens, patches.shape[1]), np.float32)
             end, text_end = at + len(patches), text_at + len(text) + 1  # + 1: the empty slot
             tokens[at:end] = patches
-            where[at:end] = positions(*latents.shape[:3], self.patch_size)
+            where[at:end] = _positions(*latents.shape[:3], tuple(self.patch_size))
             segment_ids[at:end] = segment
             text_tokens[text_at : text_end - 1] = text
             text_segment_ids[text_at:text_end] = segment

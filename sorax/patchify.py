@@ -8,6 +8,8 @@ of weight [D, C, pt, ph, pw] flattens, and what every row of tokens in sorax use
 how the model's last linear layer emits them.
 """
 
+from functools import lru_cache
+
 import numpy as np
 from einops import rearrange
 
@@ -20,6 +22,11 @@ def grid(shape, patch_size=PATCH_SIZE):
 
     Raises ValueError where a dimension is not positive or not divisible by its patch size.
     """
+    return _grid(tuple(shape), tuple(patch_size))
+
+
+@lru_cache(maxsize=1024)  # asked for each sample of a data set, which has few shapes
+def _grid(shape, patch_size):
     shape, patch_size = _triple("shape", shape), _triple("patch_size", patch_size)
     for axis, size, patch in zip("thw", shape, patch_size):
         if size % patch:
