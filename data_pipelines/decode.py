@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import av
 import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif", ".mpg", ".mpeg", ".ts", ".flv", ".ogv")
@@ -79,10 +79,21 @@ def _reasons():
         raise
     except av.error.InvalidDataError as e:
         raise DecodeError("not a video, or corrupt (invalid data)") from e
-    except (av.FFmpegError, OSError, EOFError) as e:
-        raise DecodeError(getattr(e, "strerror", None) or str(e) or type(e).__name__) from e
-    except (ValueError, SyntaxError, MemoryError, OverflowError, Image.DecompressionBombError) as e:
-        raise DecodeError(f"cannot be decoded ({e})") from e
+    except UnidentifiedImageError as e:
+        raise DecodeError("not an image, or corrupt") from e
+    except OSError as e:
+        raise DecodeError(e.strerror or str(e)) from e
+    except (
+        av.FFmpegError,
+        EOFError,
+        ValueError,
+        SyntaxError,
+        MemoryError,
+        OverflowError,
+        Image.DecompressionBombError,
+    ) as e:
+        why = getattr(e, "strerror", None) or str(e) or type(e).__name__
+        raise DecodeError(f"cannot be decoded ({why})") from e
 
 
 def _check_file(path: str):
@@ -98,15 +109,25 @@ def _check_file(path: str):
 def _open(path: str, max_pixels: int):
     """Opens the container; yields it and its main picture stream, to be decoded on one thread."""
     options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file", "max_pixels": str(max_pixels)}
-    with av.open(path, options=options) as container:
+    try:
+        container = av.open(path, options=options)
+    except av.error.ArgumentError as e:  # what FFmpeg says of a format that is not on the list
+        raise DecodeError("not a video of a format that is read here") from e
+    with container:
         streams = [s for s in container.streams.video if not _is_cover_art(s)]
         if not streams:
             raise DecodeError("holds no video stream")
         stream = streams[0]
+        _check_pixels(stream.width, stream.height, max_pixels)
         stream.codec_context.options = {"max_pixels": str(max_pixels)}
         # One thread a file: callers run files in parallel, and frame threads would hold frames of their own.
         stream.codec_context.thread_count = 1
         yield container, stream
+
+
+def _check_pixels(width: int, height: int, most: int):
+    if width * height > most:
+        raise DecodeError(f"{width}x{height} is over the limit of {most} pixels")
 
 
 def _is_cover_art(stream) -> bool:
@@ -126,8 +147,7 @@ def _is_image(path: str) -> bool:
 def _image_frame(path: str, max_pixels: int) -> av.VideoFrame:
     """An image file, upright by its EXIF flag and on white where transparent, as a frame."""
     with Image.open(path, formats=("PNG", "JPEG")) as image:
-        if image.width * image.height > max_pixels:
-            raise DecodeError(f"{image.width}x{image.height} is over the limit of {max_pixels} pixels")
+        _check_pixels(image.width, image.height, max_pixels)
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip
             image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
@@ -280,7 +300,8 @@ def _select(path, num_frames: int, fps: float, start: float, max_pixels: int, cl
     _check_file(path)
     k, current, last, rate = 0, None, 0.0, 0.0
     for now, frame, turn, rate in _frames(path, start, max_pixels, clock):
-        slack = 0.5 * min(1 / fps, 1 / rate if rate else math.inf)
+        # A little under half a frame: a tie must not hang on how a container rounds its timestamps.
+        slack = 0.45 * min(1 / fps, 1 / rate if rate else math.inf)
         while current is not None and start + k / fps + slack < now:
             yield current
             k += 1

@@ -1,0 +1,50 @@
+"""Small video files made on the spot, for the tests of everything that reads files."""
+
+import av
+import numpy as np
+
+COLORS = [(250, 20, 20), (20, 250, 20), (20, 20, 250), (250, 250, 20), (20, 250, 250), (250, 20, 250), (250, 250, 250)]
+CODECS = {"mp4": "libx264", "mov": "libx264", "webm": "libvpx", "avi": "mpeg4"}
+
+
+def numbered(num_frames, height=48, width=64):
+    """uint8 [T, H, W, 3]: frame k is grey of brightness 20 + 5 k, so that a decoded frame tells its number."""
+    levels = (20 + 5 * np.arange(num_frames)).astype(np.uint8)
+    return np.broadcast_to(levels[:, None, None, None], (num_frames, height, width, 3)).copy()
+
+
+def numbers(video):
+    """The frame numbers that `numbered` wrote, read back from the middle of each frame."""
+    h, w = video.shape[1:3]
+    middle = video[:, h // 4 : -h // 4, w // 4 : -w // 4].astype(float).mean((1, 2, 3))
+    return [round(float(v)) for v in (middle - 20) / 5]
+
+
+def write(path, video, fps=8, times_ms=None, rotation=0, gop=12, pixel_format="yuv420p", aspect=None):
+    """Encodes a video; times_ms gives each frame its own time (a variable rate). Returns the path."""
+    with av.open(str(path), "w", options={"movflags": "+faststart"} if path.suffix == ".mp4" else {}) as container:
+        stream = container.add_stream(CODECS[path.suffix[1:]], rate=1000 if times_ms else fps)
+        stream.height, stream.width = video.shape[1:3]
+        stream.pix_fmt = pixel_format
+        stream.gop_size = gop
+        stream.bit_rate = 2_000_000
+        if aspect:
+            stream.sample_aspect_ratio = aspect
+        if rotation:
+            stream.set_display_rotation(rotation)
+        for i, pixels in enumerate(video):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            frame.pts = times_ms[i] if times_ms else i
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def damaged(path, target, keep=1.0, garbage=None):
+    """A copy cut after a fraction of its bytes, or with a range of bytes (as fractions) overwritten."""
+    data = bytearray(path.read_bytes())
+    if garbage:
+        start, end = (int(g * len(data)) for g in garbage)
+        data[start:end] = np.random.default_rng(0).integers(0, 256, end - start, dtype=np.uint8).tobytes()
+    target.write_bytes(data[: int(keep * len(data))])
+    return target
