@@ -59,11 +59,11 @@ def test_vae_equals_the_streaming_reference(name, num_frames):
     """Our whole-clip form and diffusers' form with caches, chunk by chunk, are one function."""
     vae = bind(VAE, *convert.read_vae(FIXTURES / ("wan/vae" if name == "vae" else name)))
     case = reference(f"{name}/{num_frames}")
-    mean, logvar = vae.encode(jnp.asarray(case["video"]))
+    mean, logvar = jax.jit(vae.encode)(jnp.asarray(case["video"]))
     assert_close(mean, case["mean"])
     assert_close(logvar, case["logvar"])
     # diffusers clips at the end; ours leaves that to whoever writes pixels.
-    assert_close(jnp.clip(vae.decode(jnp.asarray(case["z"])), -1, 1), case["decoded"])
+    assert_close(jnp.clip(jax.jit(vae.decode)(jnp.asarray(case["z"])), -1, 1), case["decoded"])
 
 
 def row_of(names, config, num_pad=0):
@@ -108,13 +108,13 @@ def assert_velocities(out, names, shapes, config):
 def test_dit_of_one_sample_equals_reference(dit, name):
     """`tokens` has a timestep for every token, its first latent frame at 0."""
     args, shapes = row_of([name], dit.config)
-    assert_velocities(dit(*args), [name], shapes, dit.config)
+    assert_velocities(jax.jit(dit)(*args), [name], shapes, dit.config)
 
 
 def test_dit_of_a_packed_row_equals_reference_of_each_sample(dit):
     names = ["tokens", "image", "video"]
     args, shapes = row_of(names, dit.config, num_pad=5)
-    assert_velocities(dit(*args), names, shapes, dit.config)
+    assert_velocities(jax.jit(dit)(*args), names, shapes, dit.config)
 
 
 @pytest.mark.parametrize("name", ["umt5", "t5"])
@@ -122,7 +122,7 @@ def test_text_encoder_equals_reference(name):
     encoder = bind(TextEncoder, *convert.read_text(FIXTURES / ("wan/text_encoder" if name == "umt5" else name)))
     case = reference(name)
     ids, mask = case["ids"], case["mask"]
-    embeds = encoder(jnp.asarray(ids), jnp.ones(ids.shape, jnp.int32))
+    embeds = jax.jit(encoder)(jnp.asarray(ids), jnp.ones(ids.shape, jnp.int32))
     assert_close(embeds, case["embeds"] * mask[..., None])  # beyond the caption Wan reads zeros
 
 
@@ -133,7 +133,7 @@ def test_text_encoder_of_packed_captions_equals_reference(pipeline):
     ids = np.concatenate([np.append(row[:n], 0) for row, n in zip(case["ids"], lengths)])
     segments = np.repeat(np.arange(1, len(lengths) + 1), lengths + 1)
     expected = np.concatenate([np.pad(row[:n], ((0, 1), (0, 0))) for row, n in zip(case["embeds"], lengths)])
-    assert_close(encoder(jnp.asarray(ids)[None], jnp.asarray(segments)[None])[0], expected)
+    assert_close(jax.jit(encoder)(jnp.asarray(ids)[None], jnp.asarray(segments)[None])[0], expected)
 
 
 def test_one_empty_slot_stands_for_all_unused():

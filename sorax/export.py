@@ -1,0 +1,379 @@
+"""Parameters -> folders that others read: a complete WanPipeline for diffusers, or our own names in safetensors.
+
+A folder is written under a temporary name beside its final one and renamed when it is whole.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+
+import jax
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from sorax import convert
+from sorax.dit import DiTConfig
+from sorax.errors import UserError
+from sorax.sharding import path_string
+from sorax.text import MAX_SLOTS, TextConfig
+from sorax.vae import VAEConfig
+
+DTYPES = {"f32": np.dtype(np.float32), "bf16": np.dtype(ml_dtypes.bfloat16)}
+MAX_SHARD_BYTES = 5 * 10**9
+DIFFUSERS_VERSION = "0.35.0"  # the oldest that the folder is meant for
+
+
+@dataclasses.dataclass(frozen=True)
+class Networks:
+    """What is exported: each network's config and parameters (nested dict of arrays)."""
+
+    vae_config: VAEConfig
+    vae: dict
+    dit_config: DiTConfig
+    dit: dict
+    text_config: TextConfig
+    text: dict
+
+
+def export_diffusers(
+    networks: Networks, out_dir, *, shift: float, dtype: str = "f32", metadata: dict | None = None,
+    expand_timesteps: bool = False, max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> pathlib.Path:  # fmt: skip
+    """Writes a folder that `diffusers.WanPipeline.from_pretrained` loads.
+
+    Holds one network's largest stacked parameter and one shard of weights in memory beyond the parameters.
+
+    Args:
+        networks: configs and parameters; captions are taken to be byte tokens (ByT5).
+        out_dir: a new or empty folder.
+        shift: of the sampling schedule.
+        dtype: "f32" or "bf16", of the weights.
+        metadata: for the model card and provenance.json, all optional: name, license, step, weights ("ema", "raw"),
+            config (the experiment's), data (a sentence), scores (flat dict), hardware, and sample: a dict of prompt,
+            height, width, num_frames, fps, num_steps, guidance_scale that is a good first call.
+        expand_timesteps: the pipeline gives a timestep per token, 0 on given frames.
+        max_shard_bytes: weights are split into files of at most this size.
+
+    Returns:
+        out_dir.
+
+    Raises:
+        UserError: out_dir is not empty or cannot be written, the dtype is unknown, a parameter is not finite, or the
+            architecture has no form in diffusers.
+    """
+    metadata = dict(metadata or {})
+    check_fits_diffusers(networks, expand_timesteps)
+    with _new_folder(out_dir) as folder:
+        tensors = {
+            "vae": _write_model(
+                folder / "vae", convert.WEIGHTS, convert.vae_names(networks.vae_config), networks.vae,
+                vae_json(networks.vae_config, networks.vae), dtype, max_shard_bytes,
+            ),
+            "transformer": _write_model(
+                folder / "transformer", convert.WEIGHTS, convert.dit_names(networks.dit_config), networks.dit,
+                dit_json(networks.dit_config), dtype, max_shard_bytes,
+            ),
+            "text_encoder": _write_model(
+                folder / "text_encoder", convert.TEXT_WEIGHTS, convert.text_names(networks.text_config),
+                networks.text, text_json(networks.text_config), dtype, max_shard_bytes,
+            ),
+        }  # fmt: skip
+        _write_json(folder / "tokenizer" / "tokenizer_config.json", tokenizer_json())
+        _write_json(folder / "scheduler" / "scheduler_config.json", scheduler_json(shift))
+        _write_json(folder / "model_index.json", index_json(networks.text_config, expand_timesteps))
+        _write_provenance(folder, metadata, "diffusers", dtype, tensors)
+        (folder / "README.md").write_text(model_card(networks, metadata, "diffusers", dtype, out_dir))
+    return pathlib.Path(out_dir)
+
+
+def export_safetensors(
+    networks: Networks, out_dir, *, shift: float, dtype: str = "f32", metadata: dict | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> pathlib.Path:  # fmt: skip
+    """Writes our own parameter names (paths with slashes, layers stacked): vae/, dit/, text/, each with config.json.
+
+    Arguments, result and errors as `export_diffusers`.
+    """
+    metadata, tensors = dict(metadata or {}), {}
+    with _new_folder(out_dir) as folder:
+        for part in ("vae", "dit", "text"):
+            params, config = getattr(networks, part), getattr(networks, f"{part}_config")
+            names = [convert.Name(path, path) for path in sorted(_leaves(params))]
+            settings = dataclasses.asdict(config)
+            tensors[part] = _write_model(folder / part, part, names, params, settings, dtype, max_shard_bytes)
+        _write_json(folder / "config.json", {"format": "sorax", "shift": shift, "code_version": code_version()})
+        _write_provenance(folder, metadata, "safetensors", dtype, tensors)
+        (folder / "README.md").write_text(model_card(networks, metadata, "safetensors", dtype, out_dir))
+    return pathlib.Path(out_dir)
+
+
+def check_fits_diffusers(networks: Networks, expand_timesteps: bool = False):
+    """Raises UserError where diffusers' Wan classes cannot express the architecture."""
+    vae, dit, text = networks.vae_config, networks.dit_config, networks.text_config
+    problems = []
+    if vae.temporal_stride > 4:
+        problems.append(f"a temporal stride of {vae.temporal_stride}: its VAE reads chunks of 4 frames")
+    if dit.rope_theta != 10000.0:
+        problems.append(f"rope_theta {dit.rope_theta}: its transformer has 10000")
+    if dit.in_channels != vae.latent_channels or dit.out_channels != vae.latent_channels:
+        problems.append(f"{vae.latent_channels} latent channels into a transformer of {dit.in_channels}")
+    if dit.text_dim != text.width:
+        problems.append(f"a text encoder of width {text.width} into a transformer of text_dim {dit.text_dim}")
+    if dit.patch_size[0] != 1:
+        problems.append(f"patch_size {dit.patch_size}: its pipeline takes one latent frame a patch")
+    if expand_timesteps and dit.patch_size[1:] != (2, 2):
+        problems.append(f"a timestep per token with patch_size {dit.patch_size}: its pipeline takes (1, 2, 2)")
+    if problems:
+        raise UserError(f"diffusers' WanPipeline has no form for {'; nor for '.join(problems)}: "
+                        "export with --format safetensors")  # fmt: skip
+
+
+def vae_json(config: VAEConfig, params) -> dict:
+    """config.json of `AutoencoderKLWan`; the latent means and deviations go here."""
+    channels = 3 * config.pixel_patch**2
+    # The shortest decimals that read back as the same float32.
+    stats = {
+        key: [float(str(x)) for x in np.asarray(params[key], np.float32)] for key in ("latents_mean", "latents_std")
+    }
+    return {
+        "_class_name": "AutoencoderKLWan", "_diffusers_version": DIFFUSERS_VERSION,
+        **_theirs(convert.VAE_FIELDS, config), **convert.VAE_FIXED, "dropout": 0.0, **stats,
+        "in_channels": channels, "out_channels": channels,
+        "patch_size": config.pixel_patch if config.pixel_patch > 1 else None,
+        "scale_factor_temporal": config.temporal_stride, "scale_factor_spatial": config.spatial_stride,
+    }  # fmt: skip
+
+
+def dit_json(config: DiTConfig) -> dict:
+    """config.json of `WanTransformer3DModel`."""
+    return {
+        "_class_name": "WanTransformer3DModel", "_diffusers_version": DIFFUSERS_VERSION,
+        **_theirs(convert.DIT_FIELDS, config), **convert.DIT_FIXED, "rope_max_seq_len": 1024,
+    }  # fmt: skip
+
+
+def text_json(config: TextConfig) -> dict:
+    """config.json of `UMT5EncoderModel`, or of `T5EncoderModel` where the relative bias is shared."""
+    return {
+        "architectures": [_text_class(config)], "model_type": "t5" if config.shared_bias else "umt5",
+        **_theirs(convert.TEXT_FIELDS, config), "num_decoder_layers": config.num_layers, **convert.TEXT_FIXED,
+        "dense_act_fn": "gelu_new", "is_gated_act": True, "is_encoder_decoder": True, "use_cache": False,
+        "dropout_rate": 0.0, "initializer_factor": 1.0, "tie_word_embeddings": True, "pad_token_id": 0,
+        "eos_token_id": 1, "decoder_start_token_id": 0,
+        # transformers would else compute in the dtype of the file, diffusers' models in float32.
+        "torch_dtype": "float32",
+    }  # fmt: skip
+
+
+def tokenizer_json() -> dict:
+    """tokenizer_config.json of `ByT5Tokenizer`, which needs no other file."""
+    return {
+        "tokenizer_class": "ByT5Tokenizer", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>",
+        "extra_ids": 125, "model_max_length": MAX_SLOTS,
+        # A caption that spells "</s>" is a caption, not an instruction to the tokenizer.
+        "split_special_tokens": True,
+    }  # fmt: skip
+
+
+def scheduler_json(shift: float) -> dict:
+    """scheduler_config.json of `FlowMatchEulerDiscreteScheduler`."""
+    return {
+        "_class_name": "FlowMatchEulerDiscreteScheduler", "_diffusers_version": DIFFUSERS_VERSION,
+        "num_train_timesteps": 1000, "shift": float(shift), "use_dynamic_shifting": False,
+    }  # fmt: skip
+
+
+def index_json(text_config: TextConfig, expand_timesteps: bool) -> dict:
+    """model_index.json of `WanPipeline`."""
+    return {
+        "_class_name": "WanPipeline", "_diffusers_version": DIFFUSERS_VERSION,
+        "boundary_ratio": None, "expand_timesteps": expand_timesteps,
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", _text_class(text_config)],
+        "tokenizer": ["transformers", "ByT5Tokenizer"],
+        "transformer": ["diffusers", "WanTransformer3DModel"], "transformer_2": [None, None],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+    }  # fmt: skip
+
+
+CARD = """---
+license: {license}
+library_name: diffusers
+pipeline_tag: text-to-video
+tags: [text-to-video, wan, sorax, jax, flax]
+---
+
+# {name}
+
+A text-to-video diffusion transformer trained with sorax (JAX and Flax), with the architecture of Wan 2.x.
+
+| network | parameters |
+|---|---|
+| diffusion transformer | {dit:,} |
+| video VAE | {vae:,} |
+| text encoder | {text:,} |
+
+Here: {weights} weights after {step} training steps, stored as {dtype}.
+
+## Run it
+
+{run}
+
+## Training data
+
+{data}
+
+## Scores
+
+{scores}
+
+`provenance.json` holds the configuration and a hash of every tensor.
+"""
+
+RUN_DIFFUSERS = """```python
+from diffusers import WanPipeline
+from diffusers.utils import export_to_video
+
+pipe = WanPipeline.from_pretrained("path/to/this/folder")
+frames = pipe(
+    {prompt}, height={height}, width={width}, num_frames={num_frames},
+    num_inference_steps={num_steps}, guidance_scale={guidance_scale},
+).frames[0]
+export_to_video(frames, "out.mp4", fps={fps})
+```"""
+
+RUN_SAFETENSORS = """The tensors carry sorax's own parameter paths (layers stacked, channels last): one folder a
+network, with its hyper-parameters in `config.json`."""
+
+SAMPLE = dict(
+    prompt="a red circle moving right", height=64, width=64, num_frames=17, fps=8, num_steps=50, guidance_scale=5.0
+)
+
+
+def model_card(networks: Networks, metadata: dict, fmt: str, dtype: str, out_dir) -> str:
+    """README.md: front matter, what it is, how to run it, what it was trained on and how it scored."""
+    sample = SAMPLE | (metadata.get("sample") or {})
+    run = RUN_SAFETENSORS
+    if fmt == "diffusers":
+        run = RUN_DIFFUSERS.format(**sample | {"prompt": json.dumps(sample["prompt"], ensure_ascii=False)})
+    scores = [f"| {key} | {value} |" for key, value in (metadata.get("scores") or {}).items()]
+    if metadata.get("hardware"):
+        scores.append(f"| trained on | {metadata['hardware']} |")
+    return CARD.format(
+        license=metadata.get("license") or "other",
+        name=metadata.get("name") or pathlib.Path(out_dir).resolve().name,
+        **{part: sum(x.size for x in jax.tree.leaves(getattr(networks, part))) for part in ("dit", "vae", "text")},
+        weights=metadata.get("weights") or "raw",
+        step=metadata.get("step", "an unstated number of"),
+        dtype=dtype,
+        run=run,
+        data=metadata.get("data") or "Not stated.",
+        scores="\n".join(["| score | value |", "|---|---|", *scores]) if scores else "Not evaluated.",
+    )
+
+
+def code_version() -> str:
+    """Version of sorax that is running."""
+    try:
+        return importlib.metadata.version("sorax")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _theirs(fields, config) -> dict:
+    values = {theirs: getattr(config, ours) for theirs, ours in fields.items()}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+def _text_class(config: TextConfig) -> str:
+    return "T5EncoderModel" if config.shared_bias else "UMT5EncoderModel"
+
+
+def _leaves(params) -> dict:
+    return {path_string(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+
+# The layer is an argument of the compiled function, so that all layers of a parameter share one.
+_layer = jax.jit(lambda x, i: jax.lax.dynamic_index_in_dim(x, i, keepdims=False))
+
+
+def _value(name: convert.Name, leaf, dtype) -> np.ndarray:
+    if name.layer is not None:
+        leaf = leaf[name.layer] if isinstance(leaf, np.ndarray) else _layer(leaf, name.layer)
+    value = np.asarray(leaf)
+    if not np.isfinite(value.astype(np.float32)).all():
+        raise UserError(f"parameter {name.ours} holds NaN or infinite values: export an earlier checkpoint")
+    return np.ascontiguousarray(name.to_theirs(value)).astype(dtype)
+
+
+def _write_model(folder, stem, names, params, config, dtype, max_shard_bytes) -> dict[str, str]:
+    """Writes config.json and weights, sharded if large. Returns the sha256 of every tensor's bytes."""
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    leaves, dtype = _leaves(params), DTYPES[dtype]
+    sizes = {n.theirs: int(np.prod(n.shape(leaves), dtype=np.int64)) * dtype.itemsize for n in names}
+    shards, filled = [[]], 0
+    for name in names:
+        if shards[-1] and filled + sizes[name.theirs] > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += sizes[name.theirs]
+
+    _write_json(folder / "config.json", config)
+    hashes, weight_map = {}, {}
+    for i, shard in enumerate(shards, start=1):
+        file = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
+        values = {name.theirs: _value(name, leaves[name.ours], dtype) for name in shard}
+        save_file(values, folder / file, metadata={"format": "pt"})
+        hashes |= {key: hashlib.sha256(value.tobytes()).hexdigest() for key, value in values.items()}
+        weight_map |= dict.fromkeys(values, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        _write_json(folder / f"{stem}.safetensors.index.json", index)
+    return hashes
+
+
+def _write_provenance(folder, metadata, fmt, dtype, tensors):
+    record = {"code_version": code_version(), "format": fmt, "dtype": dtype, **metadata, "sha256": tensors}
+    _write_json(folder / "provenance.json", record)
+
+
+def _write_json(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2, default=str) + "\n")
+
+
+@contextlib.contextmanager
+def _new_folder(out_dir):
+    """A temporary folder that becomes `out_dir` if the body succeeds, and is removed if not."""
+    out = pathlib.Path(out_dir).resolve()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out_dir} exists and is not an empty folder: name another one, nothing was written")
+    temporary = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+        temporary.chmod(0o777 & ~_umask())
+        yield temporary
+        os.replace(temporary, out)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{out_dir} cannot be written ({reason}): free space or name another folder") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

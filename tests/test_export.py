@@ -1,0 +1,267 @@
+"""Weights in and out: the name tables, what is written, and what is refused."""
+
+import hashlib
+import json
+import pathlib
+import shutil
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from sorax import convert, export
+from sorax.dit import DiT, DiTConfig
+from sorax.errors import UserError
+from sorax.functional import abstract, count
+from sorax.text import TextConfig, TextEncoder
+from sorax.vae import VAE, VAEConfig
+
+WAN = pathlib.Path(__file__).parent / "fixtures" / "wan"
+WEIGHTS = {
+    "vae": "diffusion_pytorch_model.safetensors",
+    "transformer": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+}
+
+
+@pytest.fixture(scope="module")
+def networks():
+    p = convert.read_diffusers(WAN)
+    return export.Networks(p.vae_config, p.vae, p.dit_config, p.dit, p.text_config, p.text)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of the reference folder, to be spoilt."""
+    shutil.copytree(WAN, tmp_path / "wan")
+    return tmp_path / "wan"
+
+
+def assert_trees_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+FULL_SIZES = {  # tensors and parameters of the published models
+    "T2V 1.3B": (DiT, convert.dit_names, DiTConfig(), 825, 1_418_996_800),
+    "T2V 14B": (DiT, convert.dit_names, DiTConfig(num_layers=40, num_heads=40, ffn_dim=13824), 1095, 14_288_491_584),
+    "TI2V 5B": (
+        DiT, convert.dit_names, DiTConfig(in_channels=48, out_channels=48, num_heads=24, ffn_dim=14336), 825,
+        4_999_787_712,
+    ),
+    "VAE": (VAE, convert.vae_names, VAEConfig(), 194, 126_892_531),
+    "UMT5-XXL": (
+        TextEncoder, convert.text_names,
+        TextConfig(vocab_size=256384, width=4096, num_layers=24, num_heads=64, ffn_dim=10240), 242, 5_680_910_336,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FULL_SIZES)
+def test_names_cover_every_parameter_of_full_size_models_once(name):
+    cls, table, config, num_tensors, num_parameters = FULL_SIZES[name]
+    names, shapes = table(config), abstract(cls, config)[1]
+    leaves = {convert.path_string(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
+    ours = [(n.ours, n.layer) for n in names]
+    layers = {path: leaf.shape[0] if path.startswith("blocks/") else None for path, leaf in leaves.items()}
+    expected = {(path, i) for path, n in layers.items() for i in (range(n) if n else [None])}
+    assert len(ours) == len(set(ours)) and len({n.theirs for n in names}) == len(names) == num_tensors
+    assert set(ours) == expected - {("latents_mean", None), ("latents_std", None)}
+    assert sum(int(np.prod(n.shape(leaves))) for n in names) == num_parameters
+    assert count(shapes) == num_parameters + (2 * config.latent_channels if cls is VAE else 0)
+
+
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 50_000])
+def test_export_then_read_is_exact(networks, tmp_path, max_shard_bytes):
+    out = export.export_diffusers(networks, tmp_path / "out", shift=3.0, max_shard_bytes=max_shard_bytes)
+    back = convert.read_diffusers(out)
+    assert (out / "vae" / "diffusion_pytorch_model.safetensors.index.json").exists() == (max_shard_bytes < 10**9)
+    for part in ("vae", "dit", "text"):
+        assert getattr(back, f"{part}_config") == getattr(networks, f"{part}_config")
+        assert_trees_equal(getattr(back, part), getattr(networks, part))
+    assert back.shift == 3.0
+
+
+def test_exported_tensors_are_those_the_library_itself_wrote(networks, tmp_path):
+    out = export.export_diffusers(networks, tmp_path / "out", shift=3.0)
+    for part, file in WEIGHTS.items():
+        ours, theirs = load_file(out / part / file), load_file(WAN / part / file)
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            np.testing.assert_array_equal(ours[key], theirs[key].astype(np.float32))
+        written, expected = (json.loads((f / part / "config.json").read_text()) for f in (out, WAN))
+        told = {k: v for k, v in expected.items() if k in written and not k.startswith("_")}
+        # Dropout is for training only; a cache is for decoders.
+        free = {"dropout_rate", "use_cache"}
+        assert {k: written[k] for k in told if k not in free} == {k: v for k, v in told.items() if k not in free}
+
+
+def test_bf16_export_rounds_to_nearest(networks, tmp_path):
+    out = export.export_diffusers(networks, tmp_path / "out", shift=3.0, dtype="bf16")
+    with safe_open(out / "transformer" / WEIGHTS["transformer"], "np") as tensors:
+        assert {tensors.get_slice(key).get_dtype() for key in tensors.keys()} == {"BF16"}  # noqa: SIM118
+    rounded = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32), networks.dit)
+    assert_trees_equal(convert.read_diffusers(out).dit, rounded)
+
+
+def test_jax_arrays_export_as_numpy_arrays_do(networks, tmp_path):
+    on_device = export.Networks(
+        networks.vae_config, jax.tree.map(jax.numpy.asarray, networks.vae),
+        networks.dit_config, jax.tree.map(jax.numpy.asarray, networks.dit),
+        networks.text_config, jax.tree.map(jax.numpy.asarray, networks.text),
+    )  # fmt: skip
+    a = export.export_diffusers(networks, tmp_path / "a", shift=3.0)
+    b = export.export_diffusers(on_device, tmp_path / "b", shift=3.0)
+    assert (a / "provenance.json").read_bytes() == (b / "provenance.json").read_bytes()
+
+
+def test_provenance_has_the_hash_of_every_tensor(networks, tmp_path):
+    metadata = {"step": 7, "config": {"optim": {"lr": 1e-4}}}
+    out = export.export_diffusers(networks, tmp_path / "out", shift=3.0, metadata=metadata)
+    record = json.loads((out / "provenance.json").read_text())
+    assert record["step"] == 7 and record["config"] == metadata["config"] and record["code_version"]
+    for part, file in WEIGHTS.items():
+        tensors = load_file(out / part / file)
+        assert record["sha256"][part] == {k: hashlib.sha256(v.tobytes()).hexdigest() for k, v in tensors.items()}
+
+
+def test_model_card_says_how_to_run_it(networks, tmp_path):
+    metadata = {"step": 7, "license": "apache-2.0", "sample": {"prompt": 'a "{x}" circle', "fps": 6}}
+    out = export.export_diffusers(networks, tmp_path / "out", shift=3.0, metadata=metadata)
+    card = (out / "README.md").read_text()
+    assert card.startswith("---\nlicense: apache-2.0\nlibrary_name: diffusers\n")
+    assert "7 training steps" in card and '"a \\"{x}\\" circle"' in card and "fps=6" in card
+
+
+def test_own_format_keeps_names_and_values(networks, tmp_path):
+    out = export.export_safetensors(networks, tmp_path / "out", shift=3.0)
+    tensors = load_file(out / "dit" / "dit.safetensors")
+    np.testing.assert_array_equal(tensors["blocks/mlp_in/kernel"], networks.dit["blocks"]["mlp_in"]["kernel"])
+    assert json.loads((out / "dit" / "config.json").read_text())["num_heads"] == networks.dit_config.num_heads
+
+
+def test_export_refuses_a_folder_with_something_in_it(networks, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    with pytest.raises(UserError, match="not an empty folder"):
+        export.export_diffusers(networks, tmp_path / "out", shift=3.0)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["precious"]
+
+
+def test_export_into_an_empty_folder_fills_it(networks, tmp_path):
+    (tmp_path / "out").mkdir()
+    export.export_diffusers(networks, tmp_path / "out", shift=3.0)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / "model_index.json").exists()
+
+
+@pytest.mark.parametrize("dtype, text", [("f32", "NaN"), ("f7", "dtype")])
+def test_a_failed_export_leaves_nothing(networks, tmp_path, dtype, text):
+    dit = jax.tree.map(np.copy, networks.dit)
+    dit["proj_out"]["bias"][0] = np.nan
+    bad = export.Networks(
+        networks.vae_config, networks.vae, networks.dit_config, dit, networks.text_config, networks.text
+    )
+    with pytest.raises(UserError, match=text):
+        export.export_diffusers(bad, tmp_path / "out", shift=3.0, dtype=dtype)
+    assert not list(tmp_path.iterdir())
+
+
+def test_export_refuses_what_diffusers_has_no_form_for(networks, tmp_path):
+    config = VAEConfig(base_width=4, temporal_downsample=(True, True, True), latent_channels=4)
+    other = export.Networks(
+        config, networks.vae, networks.dit_config, networks.dit, networks.text_config, networks.text
+    )
+    with pytest.raises(UserError, match=r"temporal stride of 8.*--format safetensors"):
+        export.export_diffusers(other, tmp_path / "out", shift=3.0)
+
+
+def edit_tensors(folder, part, change):
+    path = folder / part / WEIGHTS[part]
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def edit_json(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def shard(folder, weight_map):
+    """Replaces the transformer's file by one shard and an index that says `weight_map(name)` of each tensor."""
+    path = folder / "transformer" / WEIGHTS["transformer"]
+    names = load_file(path).keys()
+    path.rename(path.with_name("a.safetensors"))
+    index = {"weight_map": {name: weight_map(name) for name in names}}
+    path.with_name(path.name + ".index.json").write_text(json.dumps(index))
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def poison(tensors):
+    tensors["proj_out.bias"][0] = np.nan
+
+
+SPOILT = {
+    "missing": (lambda f: edit_tensors(f, "transformer", lambda t: t.pop("proj_out.bias")), "lacks 1.*proj_out.bias"),
+    "extra": (
+        lambda f: edit_tensors(f, "transformer", lambda t: t.update(strange=np.ones(1, np.float32))),
+        "unexpected 1.*strange",
+    ),
+    "misshapen": (
+        lambda f: edit_tensors(f, "vae", lambda t: t.update({"quant_conv.bias": np.ones(3, np.float32)})),
+        r"quant_conv.bias has shape \(3,\), the config asks for \(8,\)",
+    ),
+    "nan": (lambda f: edit_tensors(f, "transformer", poison), "proj_out.bias holds NaN"),
+    "truncated": (lambda f: truncate(f / "vae" / WEIGHTS["vae"]), "cannot be read"),
+    "pickle": (lambda f: (f / "vae" / WEIGHTS["vae"]).rename(f / "vae" / "model.bin"), "pickle.*safe_serialization"),
+    "no weights": (lambda f: (f / "vae" / WEIGHTS["vae"]).unlink(), "not a complete model folder"),
+    "no index": (lambda f: (f / "model_index.json").unlink(), "model_index.json cannot be read"),
+    "not json": (lambda f: (f / "vae" / "config.json").write_text("{"), "is not JSON"),
+    "other pipeline": (lambda f: edit_json(f / "model_index.json", _class_name="FluxPipeline"), "FluxPipeline"),
+    "two transformers": (lambda f: edit_json(f / "model_index.json", boundary_ratio=0.9), "two transformers"),
+    "image model": (lambda f: edit_json(f / "transformer" / "config.json", image_dim=1280), "image_dim = 1280"),
+    "residual VAE": (lambda f: edit_json(f / "vae" / "config.json", is_residual=True), "is_residual"),
+    "other text encoder": (lambda f: edit_json(f / "text_encoder" / "config.json", model_type="bert"), "'bert'"),
+    "other depth": (lambda f: edit_json(f / "transformer" / "config.json", num_layers=3), "lacks 27"),
+    "no deviations": (lambda f: edit_json(f / "vae" / "config.json", latents_std=None), "latents_std must hold 4"),
+    "escape": (lambda f: shard(f, lambda name: "../../elsewhere.safetensors"), "refused"),
+    "shard missing": (
+        lambda f: shard(f, lambda name: "b.safetensors" if name == "proj_out.bias" else "a.safetensors"),
+        "b.safetensors cannot be read",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_a_spoilt_folder_is_refused_with_the_reason(folder, name):
+    spoil, text = SPOILT[name]
+    spoil(folder)
+    with pytest.raises(UserError, match=text):
+        convert.read_diffusers(folder)
+
+
+def test_both_names_of_the_embedding_are_read(folder, networks):
+    def double(tensors):
+        tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]
+
+    edit_tensors(folder, "text_encoder", double)
+    assert_trees_equal(convert.read_diffusers(folder).text, networks.text)
+    edit_tensors(folder, "text_encoder", lambda tensors: tensors.pop("shared.weight"))
+    assert_trees_equal(convert.read_diffusers(folder).text, networks.text)
+
+
+def test_the_exported_folder_runs_in_diffusers(networks, tmp_path):
+    """Prompt to pixels through WanPipeline, as in the reference (needs the extra `parity`)."""
+    diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
+    reference = np.load(WAN.parent / "reference.npz")
+    out = export.export_diffusers(networks, tmp_path / "out", shift=3.0)
+    pipe = diffusers.WanPipeline.from_pretrained(out)
+    latents = pipe(
+        "a red circle moving right", height=32, width=48, num_frames=5, num_inference_steps=4, guidance_scale=3.0,
+        latents=torch.tensor(reference["pipeline/noise"]), output_type="latent",
+    ).frames  # fmt: skip
+    np.testing.assert_allclose(latents.numpy(), reference["pipeline/latents"], atol=1e-4)
