@@ -323,13 +323,15 @@ def tensor_files(folder, stem) -> dict[str, pathlib.Path]:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{index} has no weight_map: the index is damaged")
+        shards = {}
         for file in set(weight_map.values()):
             # A name with a folder in it could point anywhere on the disk.
             if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
                 raise UserError(f"{index} names {file!r}, which is not a plain safetensors file beside it: refused")
-        for file in set(weight_map.values()):
             with open_safetensors(folder / file) as tensors:
-                strays = {key for key in tensors.keys() if weight_map.get(key) != file}  # noqa: SIM118
+                shards[file] = set(tensors.keys())
+        for file, names in shards.items():
+            strays = {name for name in names if weight_map.get(name) != file}
             _refuse(folder / file, "repeats, or has beside the index,", strays)
         return {key: folder / file for key, file in weight_map.items()}
     if single.exists():
