@@ -154,3 +154,32 @@ def test_euler_equals_reference():
     for steps in range(len(sigmas)):
         x = sampler.euler(velocity, jnp.asarray(case["trajectory"][0]), sigmas[: steps + 1])
         assert_close(x, case["trajectory"][steps], 1e-5)
+
+
+def test_prompt_to_pixels_equals_the_whole_pipeline(pipeline, dit):
+    """Four Euler steps with guidance 3: the prompt and the empty caption ride in one row, as two samples."""
+    case = reference("pipeline")
+    shape, config = case["noise"].shape[1:4], dit.config
+    captions = [[b + 3 for b in text.encode()] + [1, 0] for text in ("a red circle moving right", "")]
+    text_tokens = jnp.asarray([[*captions[0], *captions[1]]])
+    text_ids = jnp.asarray([[1] * len(captions[0]) + [2] * len(captions[1])])
+    text = jax.jit(bind(TextEncoder, pipeline.text_config, pipeline.text))(text_tokens, text_ids)
+    bias = slot_bias(text_tokens, text_ids, 2)
+    where = jnp.asarray(positions(*shape, config.patch_size))
+    n = len(where)
+    where, ids = jnp.tile(where, (2, 1))[None], jnp.repeat(jnp.asarray([1, 2]), n)[None]
+
+    @jax.jit
+    def velocity(tokens, sigma):
+        levels = jnp.stack([0.0, sigma, sigma])[None]
+        out = dit(jnp.tile(tokens, (1, 2, 1)), where, ids, levels, ids, text, text_ids, bias)
+        return sampler.guide(out[:, :n], out[:, n:], 3.0)
+
+    noise = jnp.asarray(patchify(case["noise"], config.patch_size))
+    tokens = sampler.euler(velocity, noise, sampler.sigma_schedule(4, pipeline.shift))
+    latents = unpatchify(tokens, shape, config.patch_size)
+    assert_close(latents, case["latents"])
+    vae = bind(VAE, pipeline.vae_config, pipeline.vae)
+    video = jnp.clip(jax.jit(vae.decode)(vae.denormalize(latents)), -1, 1)
+    # Both in [0, 1]; half a level of 8 bits.
+    np.testing.assert_allclose(video / 2 + 0.5, REFERENCE["pipeline/video"], atol=0.5 / 255)
