@@ -10,6 +10,7 @@ Shapes: T frames, H height, W width. Files may be hostile; whatever is wrong wit
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import time
@@ -111,8 +112,10 @@ def _open(path: str, max_pixels: int):
     options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file", "max_pixels": str(max_pixels)}
     try:
         container = av.open(path, options=options)
-    except av.error.ArgumentError as e:  # what FFmpeg says of a format that is not on the list
-        raise DecodeError("not a video of a format that is read here") from e
+    except av.FFmpegError as e:
+        if e.errno == errno.EINVAL:  # what FFmpeg says of a format that is not on the list
+            raise DecodeError("not a video of a format that is read here") from e
+        raise
     with container:
         streams = [s for s in container.streams.video if not _is_cover_art(s)]
         if not streams:
