@@ -74,16 +74,18 @@ def judge(video, truth):
 
     video: uint8 [T, H, W, 3], of any size; truth: data_pipelines.world.Truth. Objects are matched by what they are,
     not by where: a generated clip may begin anywhere. Returns dict(color, shape, count, direction, joint) of bool:
-    color, shape, direction: right for every object; count: as many objects as the truth shows, no more and no less;
-    joint: all of them. What could not be told is False. direction is None, and no part of joint, if the caption
-    names none: neither an object at rest nor one on a straight line, or an image.
+    color, shape, direction: right for every object that lasts; count: as many objects as the truth shows, all clip
+    long, no more and no less; joint: all of them. What could not be told is False. direction is None, and no part of
+    joint, if the caption asks for none: for an image, and where no object is at rest or on a straight line.
     """
-    tracks = [track for track in parse_clip(video) if lasting(track)]
+    found = parse_clip(video)
+    tracks = [track for track in found if lasting(track)]
+    passing = sum(track.span >= 1 / 3 for track in found) - len(tracks)
     asked = [_asked_direction(thing, len(video)) for thing in truth.objects]
     visible = np.asarray(truth.visible) > 0.5
     # an object that spends the clip outside the frame may be missing, and one that leaves need not last
-    needed = int(sum(_span(row) >= 0.75 for row in visible))
-    count = bool(max(needed, 1) <= len(tracks) <= len(truth.objects))
+    needed = int(sum(_span(row) >= 0.85 for row in visible))
+    count = max(needed, 1) <= len(tracks) and len(tracks) + passing <= len(truth.objects)
 
     cost = np.zeros((len(truth.objects), len(tracks)))
     right = {}

@@ -61,7 +61,8 @@ def parse_clip(video, colors=None, shapes=None):
     """Objects of a clip, those seen longest first.
 
     video: uint8 [T, H, W, 3]; colors: dict name -> RGB in 0..255, shapes: some of the embedded world's names; all
-    of the world's by default. Returns a list of Track, empty if nothing stands out or if there is no flat background to stand out of.
+    of the world's by default. Returns a list of Track, empty if nothing stands out, or if there is no flat background
+    to stand out of.
     """
     video = np.asarray(video)
     if video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8:
@@ -89,7 +90,7 @@ def parse_clip(video, colors=None, shapes=None):
     return sorted(tracks, key=lambda track: (-track.seen.sum(), -np.nanmax(track.area)))
 
 
-def lasting(track, share=0.6):
+def lasting(track, share=0.75):
     """Whether a track spans most of the clip and was seen in half of that: one object of the scene."""
     return track.span >= share and track.seen.mean() >= share / 2
 
@@ -128,26 +129,31 @@ def name_color(rgb, palette, reach=40.0, ratio=0.75):
 # background ------------------------------------------------------------------------------------------------------
 
 
-def _background(pixels, distance, named=28.0, near=24.0):
+def _background(pixels, distance, named=28.0, near=24.0, at_border=0.06):
     """Still picture behind the objects [H, W, 3] and its tones [n, 3], or None if nothing flat is found but objects."""
-    _, height, width, _ = pixels.shape
     across = _length(np.diff(pixels, axis=2, append=pixels[:, :, -1:]))
     rough = np.maximum(across, _length(np.diff(pixels, axis=1, append=pixels[:, -1:])))
     flat = rough <= np.clip(2 * np.median(rough), 24, 60)
-    sample = pixels[flat & (distance > named)]
-    total = flat.size
+    plain = flat & (distance > named)
+    sample, total = pixels[plain], flat.size
     if len(sample) > 20_000:
         step = len(sample) // 20_000 + 1
         sample, total = sample[::step], total / step
+    ring = np.ones(flat.shape[1:], bool)
+    ring[1:-1, 1:-1] = False
+    border, ring_size = pixels[plain & ring], ring.sum() * len(flat)
     tones = []
-    while len(tones) < 4 and len(sample) >= 0.03 * total:
+    for _ in range(8):  # a few tones, and objects of a colour without a name
+        if len(tones) == 4 or len(sample) < 0.03 * total:
+            break
         coarse = (sample / 16).astype(int)
         code = coarse @ np.array([256, 16, 1])
         tone = sample[code == np.bincount(code).argmax()].mean(0)
-        for _ in range(2):
+        for _ in range(2):  # refined
             tone = sample[_length(sample - tone) < near].mean(0)
         far = _length(sample - tone) >= near
-        if (~far).sum() >= 0.03 * total:
+        reaches_border = np.count_nonzero(_length(border - tone) < near) >= at_border * ring_size
+        if reaches_border and np.count_nonzero(~far) >= 0.03 * total:
             tones.append(tone)
         sample = sample[far]
     if not tones:
@@ -238,24 +244,35 @@ def _colors_present(pixels, background, tones, nearest, distance, num_colors, st
 def _detect(pixels, background, hues):
     """Connected objects of each frame.
 
-    Returns (dict of arrays [D]: frame, x, y, area, core, touches_edge, touches_other, rgb; alpha [T, H, W]; owner [T, H, W],
-    1 + number of the detection that a pixel belongs to), or None if there are none, or too many to be a scene.
+    Returns (dict of arrays [D]: frame, x, y, area, core (pixels covered by more than half), cut, rgb [D, 3]; alpha
+    [T, H, W], the coverage; owner [T, H, W], 1 + the number of the detection that a pixel belongs to), or None if
+    there are none, or too many to be a scene.
     """
     frames, height, width, _ = pixels.shape
-    off = pixels - background
-    nearest = np.stack([_length(pixels - hue) for hue in hues]).argmin(0)
-    core = np.zeros(off.shape[:3], np.int32)
-    count = 0
-    for c, hue in enumerate(hues):
-        axis = hue - background
-        along = np.einsum("thwc,hwc->thw", off, axis) / np.maximum((axis * axis).sum(-1), 1)
-        labels, n = ndimage.label((nearest == c) & (along > 0.5), _PLANE)
+    # a pixel belongs to the colour whose mixture with the background it can be
+    t, row, col = np.nonzero(_length(pixels - background) > 20)
+    value, behind = pixels[t, row, col], background[row, col]
+    along, off = np.stack([np.stack(_project(value, behind, hue)) for hue in hues], 1)
+    chosen = off.argmin(0)
+    along = np.take_along_axis(along, chosen[None], 0)[0]
+    hue_of, strength = np.full(pixels.shape[:3], -1, np.int8), np.zeros(pixels.shape[:3], np.float32)
+    hue_of[t, row, col], strength[t, row, col] = chosen, along
+
+    core, count = np.zeros(pixels.shape[:3], np.int32), 0
+    for c in range(len(hues)):
+        labels, n = ndimage.label((hue_of == c) & (strength > 0.5), _PLANE)
         core = np.where(labels > 0, labels + count, core)
         count += n
     if not count:
         return None
-    size = np.bincount(core.ravel(), minlength=count + 1)
-    keep = size >= MIN_PIXELS
+    inside = np.nonzero(core)
+    who, full = core[inside], strength[inside] > 0.8
+    size = np.bincount(who, minlength=count + 1)
+    pure = np.bincount(who[full], minlength=count + 1) > 0
+    # a piece that is nowhere fully covered, beside one that is, is a blur of its edge
+    near = ndimage.binary_dilation(pure[core], _PLANE, iterations=2)
+    beside = np.bincount(who[near[inside]], minlength=count + 1) > 0
+    keep = (size >= MIN_PIXELS) & (pure | ~beside)
     keep[0] = False
     if not keep.any() or keep.sum() > MAX_OBJECTS * frames:
         return None
@@ -263,36 +280,42 @@ def _detect(pixels, background, hues):
     count, size = int(keep.sum()), size[keep]
     ids = np.arange(1, count + 1)
 
-    owner, meets = core, np.zeros(count + 1, bool)
-    for _ in range(REACH):
+    owner, close, touch = core, np.zeros(count + 1, bool), np.zeros(count + 1, bool)
+    for step in range(REACH):
         grown = ndimage.grey_dilation(owner, footprint=_PLANE[1:2])
         lowest = np.where(owner == 0, np.iinfo(np.int32).max, owner)
         lowest = -ndimage.grey_dilation(-lowest, footprint=_PLANE[1:2])
-        clash = (grown > 0) & (lowest < grown) & (lowest > 0)
-        meets[grown[clash]] = meets[lowest[clash]] = True
+        clash = (grown > 0) & (lowest < grown)
+        if step == 0:  # cores up to 1 pixel apart
+            touch[grown[clash]] = touch[lowest[clash]] = True
+        if step <= 1:  # up to 3
+            close[grown[clash]] = close[lowest[clash]] = True
         owner = np.where(owner == 0, grown, owner)
 
     t, row, col = np.nonzero(owner)
     who = owner[t, row, col]
     value, behind = pixels[t, row, col], background[row, col]
     sure = core[t, row, col] > 0
-    # the object's own colour: mean of its pixels farthest from the background
-    strength = np.where(sure, np.linalg.norm(value - behind, axis=-1), 0)
-    inner = sure & (strength >= 0.92 * ndimage.maximum(strength, who, ids)[who - 1])
+    # the object's own colour: mean of its best covered pixels, less those mixed with another object
+    hue = hues[hue_of[t, row, col].clip(0)]
+    cover = np.where(sure, strength[t, row, col] * np.where(_length(value - hue) < 60, 1, 0.5), 0)
+    inner = sure & (cover >= 0.92 * ndimage.maximum(cover, who, ids)[who - 1])
     inside = np.bincount(who[inner], minlength=count + 1)[1:]
     rgb = np.stack([np.bincount(who[inner], value[inner, k], count + 1)[1:] for k in range(3)], -1) / inside[:, None]
 
     axis = rgb[who - 1] - behind
     coverage = ((value - behind) * axis).sum(-1) / np.maximum((axis * axis).sum(-1), 1)
-    if meets.any():  # between two objects a pixel is a mixture of both, without background
+    if close.any():  # between two objects a pixel is a mixture of both, without background
+        own_hue = np.zeros(count + 1, int)
+        own_hue[core[core > 0]] = hue_of[core > 0]
         for c, hue in enumerate(hues):
-            other = meets[who] & (nearest[t, row, col] != c) & ~sure
+            other = close[who] & (own_hue[who] != c) & (cover < 0.9)
             if other.any():
                 away, off_pair = _project(value[other], hue, rgb[who[other] - 1])
                 _, off_own = _project(value[other], behind[other], rgb[who[other] - 1])
                 coverage[other] = np.where(off_pair + 12 < off_own, away, coverage[other])
-    coverage = np.clip(coverage, -0.2, 1.2)  # below 0 too: noise must cancel
-    area = np.bincount(who, coverage, count + 1)[1:]
+    coverage = np.clip(coverage, np.where(sure, 0.3, -0.2), 1.2)  # below 0 outside the core: noise must cancel
+    area = np.maximum(np.bincount(who, coverage, count + 1)[1:], 0.3 * size)
     x = np.bincount(who, coverage * (col + 0.5), count + 1)[1:] / area
     y = np.bincount(who, coverage * (row + 0.5), count + 1)[1:] / area
     alpha = np.zeros(core.shape, np.float32)
@@ -300,7 +323,7 @@ def _detect(pixels, background, hues):
     edge = sure & ((row == 0) | (col == 0) | (row == height - 1) | (col == width - 1))
     at_edge = np.bincount(who[edge], minlength=count + 1)[1:] > 0
     frame = ndimage.maximum(t, who, ids).astype(int)
-    return dict(frame=frame, x=x, y=y, area=area, core=size, cut=at_edge | meets[1:], rgb=rgb), alpha, owner
+    return dict(frame=frame, x=x, y=y, area=area, core=size, cut=at_edge | touch[1:], rgb=rgb), alpha, owner
 
 
 # tracks ----------------------------------------------------------------------------------------------------------
@@ -324,8 +347,10 @@ def _link(found, num_frames, short, reach=0.25, color_reach=35.0):
                 heading = heading + gap * speed
             apart = np.minimum(np.linalg.norm(place[new] - heading, axis=-1),
                                np.linalg.norm(place[new] - place[last], axis=-1) + 0.02)
-            tint = np.linalg.norm(lab[new] - lab[last], axis=-1)
-            allowed = (apart < reach * (1 + 0.5 * (gap - 1))) & (tint < color_reach)
+            # a sliver's colour is mixed with what hides it, so the track's largest view counts too
+            best = path[np.argmax(found["area"][path])]
+            tint = np.minimum(*(np.linalg.norm(lab[new] - lab[known], axis=-1) for known in (last, best)))
+            allowed = (apart < min(reach * gap, 0.7)) & (tint < color_reach)
             cost[i] = np.where(allowed, apart + 0.005 * tint, 1e3)
         used = set()
         for i, j in zip(*linear_sum_assignment(cost)):
@@ -333,7 +358,29 @@ def _link(found, num_frames, short, reach=0.25, color_reach=35.0):
                 tracks[i].append(new[j])
                 used.add(j)
         tracks.extend([new[j]] for j in range(len(new)) if j not in used)
-    return tracks
+    return _join_split(tracks, found, place, lab)
+
+
+def _join_split(tracks, found, place, lab, apart=0.4, tint=20.0):
+    """Joins tracks of which one ends as the other begins: an object seen for a moment on both sides of another."""
+    tracks = sorted(tracks, key=lambda path: found["frame"][path[0]])
+    joined = []
+    for path in tracks:
+        for earlier in joined:
+            shared = found["frame"][earlier[-1]] - found["frame"][path[0]] + 1
+            near = np.linalg.norm(place[earlier[-1]] - place[path[0]]) < apart
+            alike = np.linalg.norm(lab[earlier[-1]] - lab[path[0]]) < tint
+            if 1 <= shared <= 2 and len(earlier) > shared and len(path) > shared and near and alike:
+                best = {}  # the larger piece where there are two
+                for d in [*earlier, *path]:
+                    frame = found["frame"][d]
+                    if frame not in best or found["area"][d] > found["area"][best[frame]]:
+                        best[frame] = d
+                earlier[:] = [best[frame] for frame in sorted(best)]
+                break
+        else:
+            joined.append(list(path))
+    return joined
 
 
 def _track(path, found, alpha, owner, size, palette, shapes):

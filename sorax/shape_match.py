@@ -12,7 +12,6 @@ import math
 
 import numpy as np
 from scipy import ndimage
-from skimage.draw import polygon2mask
 
 GRID = 24  # points a side of the canonical patch
 SPAN = 2.1  # half the patch, in radii of equal area: holds the tips of a five-pointed star (1.7) and their blur
@@ -21,14 +20,10 @@ _BLURS = np.geomspace(0.05, 0.6, 11)  # standard deviations, in radii of equal a
 _SCALES = (0.92, 0.96, 1.0, 1.04, 1.08)  # the area of a blurred, tinted object is known to about 10 %
 
 
-_ANGLES = np.linspace(0, 2 * math.pi, 96, endpoint=False)
-_CIRCLE = np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], -1)
-
-
 @functools.lru_cache(maxsize=8)
 def template_bank(shapes):
     """Canonical patches of every shape: float32 [S, V, G * G], V = blur levels times scales."""
-    from data_pipelines.world_physics import outline  # the shapes are the embedded world's
+    from data_pipelines.world_render import coverage  # the shapes are the embedded world's
 
     n, bank = GRID * _OVERSAMPLE, []
     points_per_radius = n / (2 * SPAN)
@@ -37,10 +32,8 @@ def template_bank(shapes):
     for shape in shapes:
         variants = []
         for scale in _SCALES:
-            corners = outline(shape)  # (x, y) about the centroid, in radii of equal area
-            corners = _CIRCLE if corners is None else corners
-            rows_cols = corners[:, ::-1] * scale * points_per_radius + (n - 1) / 2
-            mask = polygon2mask((n, n), rows_cols).astype(np.float32)
+            radius = np.array([points_per_radius * scale])
+            mask = coverage(shape, np.full((1, 2), n / 2), radius, np.zeros((1, 2)), n, n)[0].astype(np.float32)
             for blur in _BLURS:
                 soft = ndimage.gaussian_filter(mask, blur * points_per_radius, truncate=3.0)
                 variants.append(ndimage.map_coordinates(soft, grid, order=1).ravel())
