@@ -12,7 +12,7 @@ from flax import nnx
 
 from sorax.attention import attention
 
-PAD_ID = 0
+PAD_ID, EOS_ID = 0, 1  # as ByT5 and T5 have them
 MAX_SLOTS = 512  # text slots of one caption, as in Wan: the unused ones are zeros, and are attended
 
 
@@ -140,15 +140,37 @@ class TextEncoder(nnx.Module):
         return self.norm(x) * used[..., None].astype(x.dtype)
 
 
-def slot_bias(text_tokens, text_segment_ids, num_segments: int):
-    """Logit bias `[B, M]` float32 that lets a caption's one empty slot stand for all its `512 - L` unused ones.
+def slot_bias(text_tokens, text_segment_ids, num_samples: int):
+    """Logit bias `[B, M]` float32 that lets a caption's empty slots in a row stand for all its `512 - L` unused ones.
 
-    Wan attends to 512 slots a caption with no mask; the unused ones are equal, so one key that carries
-    `log(512 - L)` gives the same softmax at the cost of one. Real tokens get 0.
+    Wan attends to 512 slots a caption with no mask; the unused ones are equal, so e keys that each carry
+    `log((512 - L) / e)` give the same softmax. A row has one of them a caption, and more where a caption was dropped.
+    Real tokens get 0.
     """
-    segments = jnp.arange(num_segments + 1)
-    member = (text_segment_ids[:, :, None] == segments) & (text_tokens != PAD_ID)[:, :, None]  # [B, M, S + 1]
-    used = jnp.sum(member, axis=1)  # [B, S + 1] tokens of each caption
-    unused = jnp.maximum(MAX_SLOTS - jnp.take_along_axis(used, text_segment_ids, axis=1), 0)  # [B, M]
-    log_unused = jnp.where(unused > 0, jnp.log(jnp.maximum(unused, 1).astype(jnp.float32)), -1e30)
-    return jnp.where(text_tokens == PAD_ID, log_unused, 0.0)
+    empty = text_tokens == PAD_ID
+    member = text_segment_ids[:, :, None] == jnp.arange(num_samples + 1)  # [B, M, S + 1]
+
+    def per_caption(where):  # how many slots of the caption of each slot
+        return jnp.take_along_axis(jnp.sum(member & where[:, :, None], axis=1), text_segment_ids, axis=1)
+
+    unused = jnp.maximum(MAX_SLOTS - per_caption(~empty), 0)
+    share = unused / jnp.maximum(per_caption(empty), 1)
+    log_share = jnp.where(unused > 0, jnp.log(jnp.maximum(share, 1e-30)), -1e30)
+    return jnp.where(empty, log_share.astype(jnp.float32), 0.0)
+
+
+def drop_captions(key, text_tokens, text_segment_ids, num_samples: int, probability: float):
+    """Replaces whole captions by the empty one (its end-of-sequence token alone), which guidance is learned from.
+
+    Args:
+        text_tokens, text_segment_ids: `[B, M]` int, captions laid end to end.
+
+    Returns:
+        text_tokens `[B, M]`; the segment ids stay as they are.
+    """
+    B = text_tokens.shape[0]
+    dropped = jax.random.bernoulli(key, probability, (B, num_samples + 1))
+    dropped = jnp.take_along_axis(dropped, text_segment_ids, axis=1) & (text_segment_ids != 0)
+    before = jnp.pad(text_segment_ids[:, :-1], ((0, 0), (1, 0)))
+    starts = text_segment_ids != before
+    return jnp.where(dropped, jnp.where(starts, EOS_ID, PAD_ID), text_tokens)

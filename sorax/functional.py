@@ -1,0 +1,26 @@
+"""Between Flax NNX modules and plain pytrees: outside a module everything is a function of a nested dict of arrays."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def abstract(cls, config):
+    """Graph definition and parameter shapes (nested dict of ShapeDtypeStruct) of `cls(config, rngs)`, at no memory."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: cls(config, nnx.Rngs(params=0))))
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def init(cls, config, key):
+    """Fresh parameters of `cls(config, rngs)` as a nested dict; may run under `jax.jit`."""
+    return nnx.to_pure_dict(nnx.split(cls(config, nnx.Rngs(params=key)))[1])
+
+
+def cast(params, dtype):
+    """Floating-point leaves in another dtype: what the forward pass computes in."""
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, params)
+
+
+def count(params) -> int:
+    """Number of parameters."""
+    return sum(x.size for x in jax.tree.leaves(params))

@@ -1,0 +1,170 @@
+"""Prompts to videos: requests of any size packed in rows, denoised together, decoded."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from data_pipelines.loader import RowSource
+from data_pipelines.text_tokens import ByteTokenizer
+from sorax import functional
+from sorax.dit import DiT, DiTConfig
+from sorax.encode import Codec
+from sorax.errors import UserError
+from sorax.patchify import num_tokens, unpatchify
+from sorax.sampler import euler, guide, sigma_schedule
+from sorax.text import PAD_ID, TextConfig, TextEncoder, slot_bias
+
+ROW_TOKENS = 512  # rows are this long, or as long as the longest request
+ROWS_A_BATCH = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One video to make. `noise`, if given, is the start: float `[t, h, w, C]`, in the normalised latent space."""
+
+    prompt: str
+    num_frames: int
+    height: int
+    width: int
+    seed: int = 0
+    negative_prompt: str = ""
+    noise: np.ndarray | None = None
+
+
+def legal_shape(vae, patch_size, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
+    """Nearest (frames, height, width) that the VAE and the patches can make; at least one of each."""
+    ts, grid = vae.temporal_stride, [vae.spatial_stride * p for p in patch_size[1:]]
+    frames = 1 + ts * patch_size[0] * max(0, round((num_frames - 1) / (ts * patch_size[0])))
+    return frames, *(g * max(1, int(x / g + 0.5)) for x, g in zip((height, width), grid))
+
+
+class _RequestExamples:
+    """Requests as the loader's examples: noise for latents, and captions padded to what both branches need."""
+
+    def __init__(self, noises, tokens, lengths):
+        self.noises, self.tokens, self.lengths = noises, tokens, lengths
+
+    def __len__(self):
+        return len(self.noises)
+
+    def key(self, i):
+        return f"request {i}"
+
+    def shape(self, i):
+        return self.noises[i].shape[:3]
+
+    def text_length(self, i):
+        return self.lengths[i]
+
+    def __getitem__(self, i):
+        padding = self.lengths[i] - len(self.tokens[i])
+        return dict(latents=self.noises[i], text_tokens=np.pad(self.tokens[i], (0, padding), constant_values=PAD_ID))
+
+
+class Generator:
+    """Text-to-video sampling with a DiT, its text encoder and a VAE codec."""
+
+    def __init__(self, dit_config: DiTConfig, dit, text_config: TextConfig, text, codec: Codec):
+        self.dit_config, self.codec, self.params = dit_config, codec, dict(dit=dit, text=text)
+        self.dit_graph, _ = functional.abstract(DiT, dit_config)
+        self.text_graph, _ = functional.abstract(TextEncoder, text_config)
+        self._sample = jax.jit(self._sample_rows, static_argnames=("num_samples", "guided"))
+
+    def videos(self, requests, **settings) -> list[np.ndarray]:
+        """Videos uint8 `[T, H, W, 3]` of requests; settings as `latents` takes them."""
+        return self.codec.decode(self.latents(requests, **settings))
+
+    def latents(self, requests, *, num_steps: int, guidance_scale: float = 1.0, shift: float = 3.0,
+                on_batch=lambda done: None) -> list[np.ndarray]:  # fmt: skip
+        """Final normalised latents `[t, h, w, C]` of requests.
+
+        A request's result depends on its own prompt, shape and seed alone, not on what it is packed with.
+
+        Args:
+            requests: list of `Request`, of legal shapes (`legal_shape`).
+            num_steps: Euler steps. guidance_scale: 1 is off. shift: of the noise schedule.
+            on_batch: called with the number of finished requests.
+
+        Raises:
+            UserError: a prompt that is too long, noise of the wrong shape, or settings out of range.
+        """
+        if num_steps < 1:
+            raise UserError(f"sampling takes at least 1 step, got {num_steps}")
+        if not requests:
+            return []
+        noises = [self._noise(request) for request in requests]
+        tokenizer = ByteTokenizer()
+        prompts = [tokenizer.encode(r.prompt, "the prompt") for r in requests]
+        negatives = [tokenizer.encode(r.negative_prompt, "the negative prompt") for r in requests]
+        guided = guidance_scale != 1.0
+        lengths = [max(len(p), len(n) if guided else 0) for p, n in zip(prompts, negatives)]
+        rows, negative_rows = (self._rows(noises, tokens, lengths) for tokens in (prompts, negatives))
+        sigmas = sigma_schedule(num_steps, shift)
+
+        results, count = [None] * len(requests), len(rows.plan(0))
+        size = min(ROWS_A_BATCH, count)
+        for start in range(0, count, size):
+            indices = [min(i, count - 1) for i in range(start, start + size)]  # the last batch repeats its last row
+            batch = _stack([rows[i] for i in indices])
+            negative = _stack([negative_rows[i] for i in indices])["text_tokens"]
+            num_samples = max(len(row) for row in (rows.samples(i) for i in range(count)))
+            final = np.asarray(self._sample(self.params, batch, negative, sigmas, guidance_scale,
+                                            num_samples=num_samples, guided=guided))  # fmt: skip
+            for row, i in zip(final, indices):
+                offset = 0
+                for sample in rows.samples(i):
+                    shape = noises[sample].shape
+                    n = num_tokens(shape[:3], self.dit_config.patch_size)
+                    results[sample] = unpatchify(row[offset : offset + n], shape[:3], self.dit_config.patch_size)
+                    offset += n
+            on_batch(sum(r is not None for r in results))
+        return results
+
+    def _noise(self, request):
+        t, h, w = self.codec.config.latent_shape(request.num_frames, request.height, request.width)
+        shape = (t, h, w, self.codec.config.latent_channels)
+        if request.noise is None:
+            return np.asarray(jax.random.normal(jax.random.key(request.seed), shape))
+        if request.noise.shape != shape:
+            raise UserError(f"the given noise has shape {request.noise.shape}, but {request.num_frames} frames of "
+                            f"{request.width}x{request.height} need {shape} (t, h, w, C)")  # fmt: skip
+        return np.asarray(request.noise, np.float32)
+
+    def _rows(self, noises, tokens, lengths):
+        patch_size = self.dit_config.patch_size
+        counts = [num_tokens(noise.shape[:3], patch_size) for noise in noises]
+        # Lengths are rounded up, so that sets of requests that differ a little share a compiled program.
+        row_tokens = _round_up(min(max(ROW_TOKENS, max(counts)), sum(counts)), 16)
+        share = max((n + 1) / c for n, c in zip(lengths, counts))
+        row_text = _round_up(int(min(share * row_tokens, sum(lengths) + len(lengths))) + max(lengths) + 1, 64)
+        return RowSource(_RequestExamples(noises, tokens, lengths), row_tokens=row_tokens, row_text=row_text,
+                         batch_size=1, seed=0, patch_size=patch_size)  # fmt: skip
+
+    def _sample_rows(self, params, rows, negative_tokens, sigmas, guidance_scale, *, num_samples, guided):
+        dit, encoder = nnx.merge(self.dit_graph, params["dit"]), nnx.merge(self.text_graph, params["text"])
+        # Both branches of guidance are rows of one batch: the second half has the negative prompts.
+        branches = [rows["text_tokens"], negative_tokens] if guided else [rows["text_tokens"]]
+        text_tokens = jnp.concatenate(branches)
+        double = lambda x: jnp.concatenate([x] * len(branches))  # noqa: E731
+        ids, text_ids, positions = (double(rows[k]) for k in ("segment_ids", "text_segment_ids", "positions"))
+        text = encoder(text_tokens, text_ids)
+        bias = slot_bias(text_tokens, text_ids, num_samples)
+
+        def velocity(x, sigma):
+            levels = jnp.full((ids.shape[0], 1), sigma)
+            level_index = jnp.zeros(ids.shape, jnp.int32)
+            v = dit(double(x), positions, ids, levels, level_index, text, text_ids, bias)
+            return guide(*jnp.split(v, 2), guidance_scale) if guided else v
+
+        return euler(velocity, rows["tokens"], sigmas)
+
+
+def _round_up(n, multiple):
+    return -(-n // multiple) * multiple
+
+
+def _stack(rows):
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

@@ -1,0 +1,324 @@
+"""What a run learns: the VAE's and the DiT's data, model, loss and evaluation, in the form `sorax.train` runs."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from data_pipelines.loader import RowSource, make_clip_loader, make_loader
+from data_pipelines.packing import token_costs
+from data_pipelines.sources import open_source
+from sorax import config as config_lib
+from sorax import flow, flops, functional, media, sharding
+from sorax.dit import DiT, DiTConfig
+from sorax.encode import Codec, encode_source, source_identity
+from sorax.errors import UserError
+from sorax.generate import Generator, Request
+from sorax.metrics import psnr
+from sorax.runs import load_vae, vae_folder
+from sorax.text import TextConfig, TextEncoder, drop_captions, slot_bias
+from sorax.vae import VAE, VAEConfig
+
+VALIDATION_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
+SIGMA_BINS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """A task for the training loop.
+
+    Fields are functions:
+        init: key -> params.
+        loss: (params, batch, key) -> {name: (sum, weight)}; sum / weight of "loss" is minimised.
+        batches: first step -> iterator of this process's numpy batches.
+        work: batch -> host-side counts: tokens, capacity, flops, ... of the batch.
+        evaluate: (state, step, folder) -> (metrics, {name: uint8 video}, fps).
+        finish: params -> params, when training ends.
+    `identity` says which data in which order; a checkpoint of another does not go on.
+    """
+
+    name: str
+    identity: str
+    init: Callable
+    loss: Callable
+    batches: Callable
+    work: Callable
+    evaluate: Callable
+    finish: Callable = lambda params: params
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The `data` section. `path`: "world" or a folder of captioned videos; for a DiT's VAE "" means the DiT's own.
+
+    max_tokens, max_frames, fps: a folder's videos are cut and scaled to these; see `FolderSource`.
+    """
+
+    path: str = "world"
+    world: Any = dataclasses.field(default_factory=dict)
+    fps: float = 0.0  # 0: each file's own
+    max_frames: int = 81
+    min_frames: int = 1
+    max_tokens: int = 4096
+    workers: int = 0
+    batch: int = 8  # clips a step (VAE), rows a step (DiT)
+    # VAE only
+    crop: tuple[int, int, int] | None = None  # (frames, height, width): longer and larger clips are cut to it
+    # DiT only
+    row_tokens: int = 16384
+    row_text: int = 4096
+    max_segments: int = 64
+    val_samples: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class VAELossConfig:
+    """The `loss` section of a VAE experiment."""
+
+    l1: float = 1.0
+    l2: float = 0.0
+    kl: float = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowConfig:
+    """The `flow` section of a DiT experiment: how rows are noised and what is given."""
+
+    sigma_mean: float = 0.0
+    sigma_std: float = 1.0
+    train_shift: float = 1.0
+    sample_shift: float = 3.0
+    caption_dropout: float = 0.1
+    # weights of nothing given, first latent frame, last, both ends, first k
+    given: tuple[float, float, float, float, float] = (0.6, 0.15, 0.05, 0.1, 0.1)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """The `eval` section: every so many steps, validation loss and samples (0: only at the end)."""
+
+    every: int = 0
+    num_videos: int = 4
+    num_steps: int = 30
+    guidance_scale: float = 3.0
+    num_clips: int = 64  # of each split, for `sorax evaluate`
+
+
+def make_objective(config, workdir: str, mesh) -> Objective:
+    """The objective that `config.kind` names; a DiT's VAE is trained first if it is not there."""
+    makers = {"vae": vae_objective, "dit": dit_objective}
+    if config.get("kind") not in makers:
+        raise UserError(f"config.kind is {config.get('kind')!r}: use one of {', '.join(makers)}")
+    known = {"vae": ("loss",), "dit": ("vae", "text", "flow")}[config.kind]
+    known = (*known, "kind", "model", "data", "optim", "train", "checkpoint", "mesh", "eval", "path")
+    for section in config:
+        if section not in known:
+            raise UserError(f"unknown config section {section!r} in a {config.kind} experiment: known are {known}")
+    return makers[config.kind](config, workdir, mesh)
+
+
+def _options():
+    return dict(process_index=jax.process_index(), process_count=jax.process_count())
+
+
+def vae_objective(config, workdir: str, mesh) -> Objective:
+    """Reconstruction (L1, L2) and KL of dense clips; see `VAELossConfig`."""
+    from sorax.train import TrainConfig, compute_dtype
+
+    model = config_lib.build(VAEConfig, config.model, "model")
+    data = config_lib.build(DataConfig, config.data, "data")
+    weights = config_lib.build(VAELossConfig, config.loss, "loss")
+    settings = config_lib.build(TrainConfig, config.train, "train")
+    evaluation = config_lib.build(EvalConfig, config.eval, "eval")
+    dtype = compute_dtype(settings.dtype)
+    grid = dict(spatial_multiple=model.spatial_stride, temporal_stride=model.temporal_stride)
+    source = open_source(config.data, **grid)
+    held_out = held_out_source(config.data, **grid)
+    graphdef, _ = functional.abstract(VAE, model)
+
+    def loss(params, batch, key):
+        vae = nnx.merge(graphdef, functional.cast(params, dtype))
+        video = batch["video"].astype(jnp.float32) / 127.5 - 1.0
+        mean, logvar = vae.encode(video.astype(dtype))
+        mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
+        z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
+        error = vae.decode(z.astype(dtype)).astype(jnp.float32) - video
+        l1, l2 = jnp.sum(jnp.abs(error)), jnp.sum(jnp.square(error))
+        kl = 0.5 * jnp.sum(jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar)  # nats, of the whole batch
+        # Per pixel value for the errors and per latent position for the KL, as the published weights have it.
+        values, places = jnp.float32(video.size), jnp.float32(mean.size / mean.shape[-1])
+        total = weights.l1 * l1 + weights.l2 * l2 + weights.kl * kl * (values / places)
+        return dict(loss=(total, values), l1=(l1, values), mse=(l2, values), kl=(kl, places))
+
+    def evaluate(state, step, folder):
+        codec = Codec(model, state.ema_params)
+        originals = [held_out[i]["video"] for i in range(min(evaluation.num_videos, len(held_out)))]
+        copies = codec.decode(codec.encode(originals))
+        scores = [psnr(a, b) for a, b in zip(originals, copies)]
+        pairs = [np.concatenate([a, b], axis=2) for a, b in zip(originals, copies)]
+        write_samples(folder, step, pairs, ["original, then reconstruction"] * len(pairs))
+        videos = {f"reconstruction/{i}": pair for i, pair in enumerate(pairs)}
+        return {"val_psnr": float(np.mean(scores))}, videos, held_out.spec(0).fps
+
+    def finish(params):
+        indices = np.linspace(0, len(source) - 1, min(256, len(source))).astype(int)
+        plain = dict(params, latents_mean=jnp.zeros_like(params["latents_mean"]),
+                     latents_std=jnp.ones_like(params["latents_std"]))  # fmt: skip
+        latents = Codec(model, plain).encode([source[int(i)]["video"] for i in indices])
+        flat = np.concatenate([z.reshape(-1, z.shape[-1]) for z in latents])
+        stats = dict(latents_mean=flat.mean(0), latents_std=np.maximum(flat.std(0), 1e-3))
+        place = {name: jax.device_put(value, params[name].sharding) for name, value in stats.items()}
+        return dict(params, **place)
+
+    return Objective(
+        name="VAE",
+        identity=source_identity(source, repr((data.batch, data.crop, settings.seed))),
+        init=lambda key: functional.init(VAE, model, key),
+        loss=loss,
+        batches=lambda step: make_clip_loader(
+            source, batch_size=data.batch, seed=settings.seed, crop=data.crop, start_step=step,
+            num_workers=data.workers, **_options(),
+        ),
+        work=lambda batch: dict(frames=int(np.prod(batch["video"].shape[:2])) * jax.process_count()),
+        evaluate=evaluate,
+        finish=finish,
+    )  # fmt: skip
+
+
+def held_out_source(data, split: str = "test", **overrides):
+    """What validation looks at: the world's own split; for a folder the folder itself (it has no other part)."""
+    return open_source(data, split=split, **overrides)
+
+
+def write_samples(folder, step, videos, captions):
+    """A contact sheet of a step's videos in the run folder."""
+    os.makedirs(folder, exist_ok=True)
+    media.write_sheet(os.path.join(folder, f"step_{step:07d}.png"), videos, captions)
+
+
+def prepare_vae(config, workdir: str):
+    """The VAE that a DiT experiment asks for, trained first if its section describes one: (config, params, identity)."""
+    from sorax.train import train
+
+    folder = vae_folder(config, workdir)
+    if not config.vae.get("path"):
+        experiment = config.vae.copy_and_resolve_references()
+        if not experiment.data.path:
+            experiment.data.path = config.data.path
+        train(experiment, folder, title="1/2 VAE")
+    return load_vae(folder)
+
+
+def dit_objective(config, workdir: str, mesh) -> Objective:
+    """Rectified flow over packed latent rows, with the text encoder trained along."""
+    from sorax.train import TrainConfig, compute_dtype
+
+    model = config_lib.build(DiTConfig, config.model, "model")
+    text_model = config_lib.build(TextConfig, config.text, "text")
+    data = config_lib.build(DataConfig, config.data, "data")
+    flow_config = config_lib.build(FlowConfig, config.flow, "flow")
+    settings = config_lib.build(TrainConfig, config.train, "train")
+    evaluation = config_lib.build(EvalConfig, config.eval, "eval")
+    dtype = compute_dtype(settings.dtype)
+
+    # --- Data: latents of every sample, made once
+    vae_config, vae_params, vae_identity = prepare_vae(config, workdir)
+    if model.in_channels != vae_config.latent_channels or text_model.width != model.text_dim:
+        raise UserError(
+            f"config.model takes {model.in_channels} latent channels and text of width {model.text_dim}, but the VAE "
+            f"makes {vae_config.latent_channels} and config.text {text_model.width}: make them equal"
+        )
+    codec = Codec(vae_config, vae_params)
+    grid = dict(spatial_multiple=vae_config.spatial_stride * model.patch_size[1],
+                temporal_stride=vae_config.temporal_stride)  # fmt: skip
+    latent_folder = os.path.join(workdir, "latents")
+    source = open_source(config.data, **grid)
+    examples = encode_source(codec, source, os.path.join(latent_folder, "train.npz"), vae_identity)
+    held_out = held_out_source(config.data, num_samples=data.val_samples, **grid)
+    val_examples = encode_source(codec, held_out, os.path.join(latent_folder, "val.npz"), vae_identity, title="encode val")
+    ranks = mesh.shape["data"] * mesh.shape["fsdp"]
+    cost_a, cost_b = token_costs(model.width, model.ffn_dim)
+    row_options = dict(row_tokens=data.row_tokens, row_text=data.row_text, max_segments=data.max_segments,
+                       patch_size=model.patch_size, batch_size=data.batch, ranks=ranks)  # fmt: skip
+    rows = RowSource(examples, seed=settings.seed, cost_a=cost_a, cost_b=cost_b, **row_options)
+    val_rows = RowSource(val_examples, seed=0, **row_options)
+
+    # --- Model
+    dit_graph, _ = functional.abstract(DiT, model)
+    text_graph, _ = functional.abstract(TextEncoder, text_model)
+    constrain = sharding.activation_constraint(mesh)
+    S = data.max_segments
+    run_options = dict(remat=settings.remat, unroll=settings.unroll or True, constrain=constrain)
+
+    def init(key):
+        dit_key, text_key = jax.random.split(key)
+        return dict(dit=functional.init(DiT, model, dit_key), text=functional.init(TextEncoder, text_model, text_key))
+
+    def velocity_error(params, batch, text_tokens, given, levels, noise_key):
+        params = functional.cast(params, dtype)
+        ids, text_ids = batch["segment_ids"], batch["text_segment_ids"]
+        noisy, target, level_index = flow.noise_rows(noise_key, batch["tokens"], given, ids, levels)
+        text = nnx.merge(text_graph, params["text"])(text_tokens, text_ids)
+        velocity = nnx.merge(dit_graph, params["dit"])(
+            noisy.astype(dtype), batch["positions"], ids, levels, level_index, text, text_ids,
+            slot_bias(text_tokens, text_ids, S), **run_options,
+        )  # fmt: skip
+        generated = (ids != 0) & ~given
+        return flow.token_loss(velocity, target, generated)[1], generated, level_index
+
+    def loss(params, batch, key):
+        sigma_key, given_key, drop_key, noise_key = jax.random.split(key, 4)
+        ids = batch["segment_ids"]
+        levels = flow.draw_sigma(sigma_key, (ids.shape[0], S), mean=flow_config.sigma_mean,
+                                 std=flow_config.sigma_std, shift=flow_config.train_shift)  # fmt: skip
+        levels = jnp.pad(levels, ((0, 0), (1, 0)))
+        given = flow.draw_given(given_key, batch["positions"], ids, S, flow_config.given)
+        text = drop_captions(drop_key, batch["text_tokens"], batch["text_segment_ids"], S, flow_config.caption_dropout)
+        error, generated, level_index = velocity_error(params, batch, text, given, levels, noise_key)
+        sums = dict(loss=(jnp.sum(error), jnp.sum(generated, dtype=jnp.float32)))
+        sigma = jnp.take_along_axis(levels, level_index, axis=1)
+        for k in range(SIGMA_BINS):
+            low, high = k / SIGMA_BINS, (k + 1) / SIGMA_BINS
+            inside = generated & (sigma >= low) & (sigma <= high if k == SIGMA_BINS - 1 else sigma < high)
+            sums[f"loss_sigma_{low:g}_{high:g}"] = (jnp.sum(error * inside), jnp.sum(inside, dtype=jnp.float32))
+        return sums
+
+    @jax.jit
+    def validation(params, batch, sigma, key):
+        ids = batch["segment_ids"]
+        levels = jnp.full((ids.shape[0], S + 1), sigma).at[:, 0].set(0.0)
+        given = jnp.zeros(ids.shape, bool)
+        error, generated, _ = velocity_error(params, batch, batch["text_tokens"], given, levels, key)
+        return jnp.sum(error), jnp.sum(generated)
+
+    def evaluate(state, step, folder):
+        params, metrics = state.ema_params, {}
+        batch = sharding.put_batch(next(make_loader(val_rows, **_options())), mesh)
+        for i, sigma in enumerate(VALIDATION_SIGMAS):
+            total, count = validation(params, batch, sigma, jax.random.key(i))
+            metrics[f"val_loss_sigma_{sigma:g}"] = float(total / count)
+        metrics["val_loss"] = float(np.mean(list(metrics.values())))
+        here = jax.device_get(params)
+        generator = Generator(model, here["dit"], text_model, here["text"], codec)
+        some = range(min(evaluation.num_videos, len(val_examples)))
+        requests = [Request(val_examples.captions[i], *val_examples.video_shapes[i], seed=i) for i in some]
+        made = generator.videos(requests, num_steps=evaluation.num_steps, guidance_scale=evaluation.guidance_scale,
+                                shift=flow_config.sample_shift)  # fmt: skip
+        write_samples(folder, step, made, [r.prompt for r in requests])
+        videos = {f"sample/{i}": video for i, video in enumerate(made)}
+        return metrics, videos, val_examples.fps[0]
+
+    return Objective(
+        name="DiT",
+        identity=f"{rows.identity}-{vae_identity}-{source_identity(source)}",
+        init=init,
+        loss=loss,
+        batches=lambda step: make_loader(rows, start_step=step, num_workers=data.workers, **_options()),
+        work=lambda batch: flops.rows_work(model, text_model, batch),
+        evaluate=evaluate,
+    )

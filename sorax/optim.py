@@ -1,0 +1,64 @@
+"""Optimizer, learning-rate schedule and EMA from the `optim` section of a config."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sorax.sharding import path_string
+
+# Measured on the data, not learned: the optimizer leaves them alone.
+FROZEN = r"(^|/)latents_(mean|std)$"
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with linear warm-up, cosine decay, global-norm clipping and an EMA of the parameters."""
+
+    lr: float = 1e-4
+    warmup_steps: int = 1000
+    final_lr: float = 0.0  # at the last step, as a fraction of lr
+    b1: float = 0.9
+    b2: float = 0.99
+    eps: float = 1e-8
+    weight_decay: float = 0.0  # of matrices and kernels; biases, norms and modulations are left alone
+    clip_norm: float = 1.0
+    ema_decay: float = 0.9999  # reached gradually: min(ema_decay, (1 + step) / (10 + step))
+
+
+def learning_rate(config: OptimConfig, num_steps: int):
+    """Schedule: step -> learning rate."""
+    warmup = min(config.warmup_steps, max(num_steps - 1, 0))
+    return optax.warmup_cosine_decay_schedule(
+        init_value=config.lr / max(warmup, 1), peak_value=config.lr, warmup_steps=warmup,
+        decay_steps=max(num_steps, 1), end_value=config.lr * config.final_lr,
+    )  # fmt: skip
+
+
+def make_tx(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
+    """The optax transformation; its state mirrors the parameters, path by path."""
+
+    def decayed(params):
+        def rule(path, p):
+            return p.ndim >= 2 and re.search(r"(kernel|embedding)$", path_string(path)) is not None
+
+        return jax.tree_util.tree_map_with_path(rule, params)
+
+    def frozen(params):
+        return jax.tree_util.tree_map_with_path(lambda path, p: bool(re.search(FROZEN, path_string(path))), params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=decayed),
+        optax.scale_by_learning_rate(learning_rate(config, num_steps)),
+        optax.masked(optax.set_to_zero(), frozen),
+    )
+
+
+def update_ema(ema_params, params, step, decay: float):
+    """Exponential moving average of the parameters, with a shorter memory at the start."""
+    rate = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda e, p: e + (1 - rate) * (p - e), ema_params, params)

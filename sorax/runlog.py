@@ -1,0 +1,102 @@
+"""What a run says while it runs: metrics.jsonl, TensorBoard events, and a progress bar or plain lines."""
+
+import json
+import os
+import sys
+import time
+
+import numpy as np
+import rich.console
+import rich.progress
+from tensorboardX import SummaryWriter
+from tensorboardX.proto.summary_pb2 import Summary
+
+from sorax.media import gif_bytes
+
+
+class RunLog:
+    """Metrics of one run folder. Lines after `start_step`, left by an interrupted run, are cut off first."""
+
+    def __init__(self, workdir: str, start_step: int = 0):
+        self.path = os.path.join(workdir, "metrics.jsonl")
+        self._keep_until(start_step)
+        self._file = open(self.path, "a", buffering=1)
+        self._board = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=start_step + 1)
+
+    def _keep_until(self, step):
+        if not os.path.exists(self.path):
+            return
+        kept = []
+        with open(self.path) as f:
+            for line in f:
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:
+                    continue  # the half-written last line of a killed run
+                if row["step"] <= step:
+                    kept.append(line)
+        with open(self.path + ".partial", "w") as f:
+            f.writelines(kept)
+        os.replace(self.path + ".partial", self.path)
+
+    def write(self, step: int, metrics: dict):
+        """One JSON line and one TensorBoard point per metric; values are numbers."""
+        row = {"step": step} | {name: float(value) for name, value in metrics.items()}
+        self._file.write(json.dumps(row) + "\n")
+        for name, value in row.items():
+            if name != "step":
+                self._board.add_scalar(name, value, step)
+
+    def video(self, step: int, name: str, video: np.ndarray, fps: float):
+        """A video uint8 `[T, H, W, 3]` for TensorBoard, which plays animated GIFs as images."""
+        T, H, W, _ = video.shape
+        image = Summary.Image(height=H, width=W, colorspace=3, encoded_image_string=gif_bytes(video, fps))
+        summary = Summary(value=[Summary.Value(tag=name, image=image)])
+        self._board.file_writer.add_summary(summary, step)
+
+    def close(self):
+        self._file.close()
+        self._board.close()
+
+
+class Progress:
+    """What, how far and how long: a bar on a terminal, a line every so often elsewhere.
+
+    Use as a context manager; `advance` reports.
+    """
+
+    def __init__(self, title: str, total: int, start: int = 0, unit: str = "steps", every_seconds: float = 10.0):
+        self.title, self.total, self.done, self.unit = title, total, start, unit
+        self.start, self.began, self.every = start, time.monotonic(), every_seconds
+        self.last, self.bar = self.began, None
+        if sys.stdout.isatty():
+            columns = (
+                rich.progress.TextColumn("{task.description}"), rich.progress.BarColumn(),
+                rich.progress.MofNCompleteColumn(), rich.progress.TimeElapsedColumn(), rich.progress.TextColumn("left"),
+                rich.progress.TimeRemainingColumn(), rich.progress.TextColumn("{task.fields[note]}"),
+            )  # fmt: skip
+            self.bar = rich.progress.Progress(*columns)
+            self.task = self.bar.add_task(title, total=total, completed=start, note="")
+
+    def __enter__(self):
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *exception):
+        if self.bar:
+            self.bar.stop()
+
+    def advance(self, done: int, note: str = ""):
+        """Reports that `done` of `total` are finished."""
+        self.done = done
+        if self.bar:
+            self.bar.update(self.task, completed=done, note=note)
+            return
+        now = time.monotonic()
+        if now - self.last >= self.every or done >= self.total:
+            self.last = now
+            elapsed = now - self.began
+            left = elapsed / max(done - self.start, 1) * (self.total - done)
+            times = f"{elapsed:.0f} s, {left:.0f} s left"
+            print(f"{self.title}: {done}/{self.total} {self.unit}, {times}{', ' + note if note else ''}", flush=True)

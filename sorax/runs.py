@@ -1,0 +1,92 @@
+"""Run folders read back: which networks a finished run holds, with their parameters."""
+
+import dataclasses
+import hashlib
+import os
+
+import jax
+from jax.sharding import SingleDeviceSharding
+
+from sorax import config as config_lib
+from sorax import functional
+from sorax.checkpoint import Checkpoints
+from sorax.dit import DiT, DiTConfig
+from sorax.encode import Codec
+from sorax.errors import UserError
+from sorax.export import Networks
+from sorax.text import TextConfig, TextEncoder
+from sorax.vae import VAE, VAEConfig
+
+WEIGHTS = {"ema": "ema_params", "raw": "params"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A trained text-to-video model: its folder, config and step, and the networks with their parameters."""
+
+    workdir: str
+    config: object
+    step: int
+    networks: Networks
+
+    @property
+    def codec(self) -> Codec:
+        return Codec(self.networks.vae_config, self.networks.vae)
+
+
+def load_run(workdir: str, weights: str = "ema") -> Run:
+    """The latest checkpoint of a run that `sorax train` wrote.
+
+    Raises:
+        UserError: no run there, none of the needed kind, no checkpoint yet, or of another architecture.
+    """
+    config = config_lib.read_config(workdir)
+    if config.kind != "dit":
+        raise UserError(f"{workdir!r} is the run of a {config.kind}, not of a text-to-video model: name the folder of a "
+                        "DiT experiment")  # fmt: skip
+    vae_config, vae_params, _ = load_vae(vae_folder(config, workdir))
+    dit_config = config_lib.build(DiTConfig, config.model, "model")
+    text_config = config_lib.build(TextConfig, config.text, "text")
+    shapes = dict(dit=functional.abstract(DiT, dit_config)[1], text=functional.abstract(TextEncoder, text_config)[1])
+    params, step = load_params(workdir, shapes, weights)
+    networks = Networks(vae_config=vae_config, vae=vae_params, dit_config=dit_config, dit=params["dit"],
+                        text_config=text_config, text=params["text"])  # fmt: skip
+    return Run(workdir, config, step, networks)
+
+
+def vae_folder(config, workdir: str) -> str:
+    """Where the VAE of a DiT run is: the folder that its config names, or the run inside its own."""
+    return config.vae.get("path") or os.path.join(workdir, "vae")
+
+
+def load_vae(workdir: str):
+    """Config, EMA parameters and identity of a finished VAE run.
+
+    Raises:
+        UserError: no run there, not of a VAE, or not finished: the latent statistics are measured at the end.
+    """
+    config = config_lib.read_config(workdir)
+    if config.kind != "vae":
+        raise UserError(f"{workdir!r} is the run of a {config.kind}, not of a VAE: set config.vae.path to a VAE run")
+    vae_config = config_lib.build(VAEConfig, config.model, "model")
+    params, step = load_params(workdir, functional.abstract(VAE, vae_config)[1], "ema")
+    if step < config.train.steps:
+        raise UserError(f"the VAE in {workdir!r} is at step {step} of {config.train.steps}: finish it first, with "
+                        f"`sorax train --workdir {workdir}` and its config")  # fmt: skip
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(jax.device_get(params)):
+        digest.update(leaf.tobytes())
+    return vae_config, params, digest.hexdigest()[:16]
+
+
+def load_params(workdir: str, shapes, weights: str):
+    """(parameters, step) of a run's latest checkpoint, on the first device."""
+    place = SingleDeviceSharding(jax.local_devices()[0])
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+    checkpoints = Checkpoints(workdir)
+    try:
+        step = checkpoints.latest_step()
+        items, _ = checkpoints.restore({WEIGHTS[weights]: abstract}, step)
+    finally:
+        checkpoints.close()
+    return items[WEIGHTS[weights]], step

@@ -1,0 +1,234 @@
+"""The training loop: one for the VAE and the DiT, which differ by their objective (`sorax/objectives.py`)."""
+
+import dataclasses
+import os
+import time
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sorax import config as config_lib
+from sorax import sharding
+from sorax.checkpoint import Checkpoints
+from sorax.errors import UserError
+from sorax.optim import OptimConfig, learning_rate, make_tx, update_ema
+from sorax.runlog import Progress, RunLog
+
+TrainLoss = Any  # (params, batch, key) -> {name: (sum, weight)}; sum / weight of "loss" is minimised
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The `train` section."""
+
+    steps: int = 1000
+    seed: int = 0
+    log_every: int = 50
+    accumulate: int = 1  # micro-batches a step; the batch is split, the result is that of the whole batch
+    dtype: str = "auto"  # of the forward pass: float32, bfloat16, or auto (float32 on CPU, bfloat16 elsewhere)
+    remat: str = "none"  # what the backward pass recomputes: none, dots, full
+    unroll: int = 1  # layers an iteration of the scan over layers; 0 unrolls all
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """The `checkpoint` section."""
+
+    every: int = 1000
+    keep: int = 2
+
+
+@flax.struct.dataclass
+class TrainState:
+    step: jax.Array
+    params: Any
+    ema_params: Any
+    opt_state: Any
+    rng: jax.Array  # key data of the run; step k draws from fold_in(rng, k)
+
+
+def compute_dtype(name: str):
+    """dtype of the forward pass from `train.dtype`."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if name not in ("float32", "bfloat16"):
+        raise UserError(f"config.train.dtype is {name!r}: use float32, bfloat16 or auto")
+    return jnp.dtype(name)
+
+
+def make_init(objective, tx):
+    """Function key -> TrainState."""
+
+    def init(key):
+        # The hardware generator: threefry takes XLA's CPU compiler half a second a parameter.
+        params = objective.init(jax.random.wrap_key_data(jnp.tile(jax.random.key_data(key), 2), impl="rbg"))
+        # The EMA is a copy, not the same buffers: both are donated to the step.
+        ema_params = jax.tree.map(jnp.copy, params)
+        rng = jax.random.key_data(jax.random.fold_in(key, 1))
+        return TrainState(jnp.int32(0), params, ema_params, tx.init(params), rng)
+
+    return init
+
+
+def make_step(objective, tx, ema_decay: float, accumulate: int):
+    """Function (state, batch) -> (state, {name: (sum, weight)}), to be jitted with shardings."""
+
+    def total_loss(params, batch, key):
+        sums = objective.loss(params, batch, key)
+        return sums["loss"][0], sums
+
+    def step(state, batch):
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+        # Gradients of the *sum* are accumulated, then divided by the weight of the whole batch: a micro-batch with
+        # more to predict counts for more, and accumulation changes nothing.
+        grad_fn = jax.grad(total_loss, has_aux=True)
+        if accumulate == 1:
+            grads, sums = grad_fn(state.params, batch, key)
+        else:
+            parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+            keys = jax.random.split(key, accumulate)
+
+            def add(total, part):
+                return jax.tree.map(jnp.add, total, grad_fn(state.params, *part)), None
+
+            first = jax.tree.map(lambda x: x[0], (parts, keys))
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad_fn, state.params, *first))
+            (grads, sums), _ = jax.lax.scan(add, zeros, (parts, keys))
+        grads = jax.tree.map(lambda g: g / jnp.maximum(sums["loss"][1], 1e-8), grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = jax.tree.map(jnp.add, state.params, updates)
+        ema_params = update_ema(state.ema_params, params, state.step, ema_decay)
+        norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
+        sums = dict(sums, grad_norm=(norm, jnp.float32(1)))
+        return TrainState(state.step + 1, params, ema_params, opt_state, state.rng), sums
+
+    return step
+
+
+def train(config, workdir: str, *, title: str | None = None):
+    """Trains what a config describes in a run folder, from where the folder stands.
+
+    Args:
+        config: ConfigDict of an experiment (`experiments/`).
+        workdir: run folder; created, or continued if it holds a run of the same config.
+
+    Raises:
+        UserError: the folder holds a run of another config or architecture, the data cannot be used, the disk is full.
+    """
+    from sorax.objectives import make_objective
+
+    # --- Config
+    settings = config_lib.build(TrainConfig, config.train, "train")
+    optim = config_lib.build(OptimConfig, config.optim, "optim")
+    keeping = config_lib.build(CheckpointConfig, config.checkpoint, "checkpoint")
+    os.makedirs(workdir, exist_ok=True)
+    config_lib.save_config(config, workdir)
+
+    # --- Mesh, data, model
+    mesh = sharding.make_mesh(**config.mesh)
+    objective = make_objective(config, workdir, mesh)
+    title = title or f"train {objective.name}"
+
+    # --- Shard
+    tx = make_tx(optim, settings.steps)
+    init = make_init(objective, tx)
+    key = jax.random.key(settings.seed)
+    abstract = jax.eval_shape(init, key)
+    shardings = sharding.shardings_for(abstract, mesh)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+
+    # --- Step
+    step_fn = jax.jit(
+        make_step(objective, tx, optim.ema_decay, settings.accumulate),
+        in_shardings=(shardings, sharding.batch_sharding(mesh)),
+        out_shardings=(shardings, sharding.replicated(mesh)),
+        donate_argnums=0,
+    )
+
+    # --- Resume
+    checkpoints = Checkpoints(workdir, keep=keeping.keep)
+    step = checkpoints.latest_step() or 0
+    if step:
+        items, info = checkpoints.restore(_items(abstract), step)
+        if info["data"] != objective.identity:
+            raise UserError(f"the data of {workdir!r} has changed since step {step} ({info['data']} then, "
+                            f"{objective.identity} now): put it back as it was, or train in another workdir")  # fmt: skip
+        state = _state(items, step)
+    else:
+        state = jax.jit(init, out_shardings=shardings)(key)
+
+    # --- Loop
+    if step >= settings.steps:
+        print(f"{title}: already at step {step} of {settings.steps} in {workdir}")
+        checkpoints.close()
+        return
+    log = RunLog(workdir, step)
+    schedule = learning_rate(optim, settings.steps)
+    eval_every = config.eval.get("every", 0)
+    if step == 0 and eval_every:
+        _evaluate(objective, state, 0, log, workdir)
+    batches = objective.batches(step)
+    pending, work, since = [], [], time.perf_counter()
+    with Progress(title, settings.steps, step) as progress:
+        while step < settings.steps:
+            batch = next(batches)
+            work.append(objective.work(batch))
+            state, sums = step_fn(state, sharding.put_batch(batch, mesh))
+            pending.append(sums)
+            step += 1
+            if step % settings.log_every == 0 or step == settings.steps:
+                metrics = _mean(pending)
+                if not np.isfinite(metrics["loss"]):
+                    raise UserError(f"{title}: the loss is {metrics['loss']} at step {step}: lower config.optim.lr; "
+                                    f"the last good checkpoint is of step {checkpoints.latest_step()}")  # fmt: skip
+                seconds = time.perf_counter() - since
+                metrics |= _rates(work, seconds) | {"lr": float(schedule(step - 1))}
+                log.write(step, metrics)
+                progress.advance(step, f"loss {metrics['loss']:.4f}")
+                pending, work, since = [], [], time.perf_counter()
+            last = step == settings.steps
+            if last:
+                # What is measured once training ends (the VAE's latent statistics) belongs to the last checkpoint.
+                params, ema_params = objective.finish(state.params), objective.finish(state.ema_params)
+                state = state.replace(params=params, ema_params=ema_params)
+            if step % keeping.every == 0 or last:
+                checkpoints.save(step, _items(state), {"data": objective.identity})
+            if eval_every and (step % eval_every == 0 or last):
+                _evaluate(objective, state, step, log, workdir)
+                since = time.perf_counter()
+    checkpoints.wait()
+    checkpoints.close()
+    log.close()
+
+
+def _items(state):
+    return dict(params=state.params, ema_params=state.ema_params, opt_state=state.opt_state, rng={"rng": state.rng})
+
+
+def _state(items, step):
+    return TrainState(jnp.int32(step), items["params"], items["ema_params"], items["opt_state"], items["rng"]["rng"])
+
+
+def _mean(pending):
+    """Means over the steps since the last log line, from their sums and weights."""
+    total = jax.tree.map(lambda *x: np.sum(jax.device_get(x), axis=0, dtype=np.float64), *pending)
+    return {name: float(s / w) for name, (s, w) in total.items() if w > 0}
+
+
+def _rates(work, seconds):
+    """Throughput from the host-side counts of each batch, of all processes."""
+    total = {name: sum(w[name] for w in work) for name in work[0]}
+    rates = {f"{name}_per_s": total[name] / seconds for name in total if name != "capacity"}
+    if "capacity" in total:
+        rates["useful_fraction"] = total["tokens"] / total["capacity"]
+    return rates | {"step_seconds": seconds / len(work)}
+
+
+def _evaluate(objective, state, step, log, workdir):
+    metrics, videos, fps = objective.evaluate(state, step, os.path.join(workdir, "samples"))
+    log.write(step, metrics)
+    for name, video in videos.items():
+        log.video(step, name, video, fps)
