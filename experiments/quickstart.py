@@ -18,19 +18,21 @@ def get_world():
 
 
 def get_vae():
-    """The VAE experiment: 4x8x8 compression, trained first."""
+    """The VAE experiment: 2x4x4 compression, trained first, on single frames and then on clips."""
     config = ConfigDict()
     config.kind = "vae"
     config.path = ""  # a finished VAE run to use instead of training one
     config.model = dict(
-        base_width=24, width_multipliers=(1, 2, 2), num_res_blocks=1, latent_channels=16,
-        temporal_downsample=(True, True), pixel_patch=2,
+        base_width=16, width_multipliers=(1, 2), num_res_blocks=1, latent_channels=8, temporal_downsample=(True,),
+        pixel_patch=2,
     )  # fmt: skip
     config.loss = dict(l1=0.0, l2=1.0, kl=1e-6)
-    config.data = dict(path="", world=get_world(), batch=8, crop=None, workers=0)
-    config.optim = dict(lr=2e-3, warmup_steps=30, final_lr=0.02, b2=0.99, weight_decay=0.0, clip_norm=1.0, ema_decay=0.98)
-    config.train = dict(steps=700, seed=0, log_every=20, dtype="auto")
-    config.checkpoint = dict(every=200, keep=1)
+    world = get_world()
+    world.shapes = ((9, 32, 32),)
+    config.data = dict(path="", world=world, batch=8, image_steps=500, image_batch=32)
+    config.optim = dict(optimizer="muon", lr=2e-2, warmup_steps=20, final_lr=0.02, b2=0.99, ema_decay=0.98)
+    config.train = dict(steps=800, seed=0, log_every=20)
+    config.checkpoint = dict(every=400, keep=1)
     config.mesh = dict(data=-1, fsdp=1, context=1, tensor=1)
     config.eval = dict(every=0, num_videos=4)
     return config
@@ -41,7 +43,7 @@ def get_config():
     config.kind = "dit"
     config.vae = get_vae()
     config.model = dict(
-        in_channels=16, out_channels=16, patch_size=(1, 2, 2), num_layers=4, num_heads=4, head_dim=32, ffn_dim=512,
+        in_channels=8, out_channels=8, patch_size=(1, 4, 4), num_layers=4, num_heads=4, head_dim=32, ffn_dim=512,
         text_dim=64, freq_dim=256,
     )  # fmt: skip
     config.text = dict(vocab_size=384, width=64, num_layers=2, num_heads=4, head_dim=16, ffn_dim=128)
@@ -50,10 +52,10 @@ def get_config():
         given=(0.8, 0.1, 0.02, 0.04, 0.04),
     )  # fmt: skip
     config.data = dict(
-        path="world", world=get_world(), batch=16, row_tokens=96, row_text=256, max_segments=16, val_samples=64, workers=0
+        path="world", world=get_world(), batch=16, row_tokens=128, row_text=192, max_segments=16, val_samples=64, workers=0
     )
-    config.optim = dict(lr=1.5e-3, warmup_steps=50, final_lr=0.02, b2=0.99, weight_decay=0.0, clip_norm=1.0, ema_decay=0.995)
-    config.train = dict(steps=2000, seed=0, log_every=50, dtype="auto", unroll=0)
+    config.optim = dict(lr=1.5e-3, warmup_steps=50, final_lr=0.02, b2=0.99, ema_decay=0.995)
+    config.train = dict(steps=2000, seed=0, log_every=50, unroll=1)
     config.checkpoint = dict(every=500, keep=1)
     config.mesh = dict(data=-1, fsdp=1, context=1, tensor=1)
     config.eval = dict(every=1000, num_videos=4, num_steps=30, guidance_scale=3.0, num_clips=64)

@@ -1,6 +1,7 @@
 """What a run learns: the VAE's and the DiT's data, model, loss and evaluation, in the form `sorax.train` runs."""
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -69,6 +70,8 @@ class DataConfig:
     batch: int = 8  # clips a step (VAE), rows a step (DiT)
     # VAE only
     crop: tuple[int, int, int] | None = None  # (frames, height, width): longer and larger clips are cut to it
+    image_steps: int = 0  # the first steps see single frames, image_batch of them: cheap, and they teach space
+    image_batch: int = 32
     # DiT only
     row_tokens: int = 16384
     row_text: int = 4096
@@ -175,15 +178,22 @@ def vae_objective(config, workdir: str, mesh) -> Objective:
         place = {name: jax.device_put(value, params[name].sharding) for name, value in stats.items()}
         return dict(params, **place)
 
+    def batches(step):
+        options = dict(seed=settings.seed, num_workers=data.workers, **_options())
+        if step < data.image_steps:
+            frame = (1, *(data.crop[1:] if data.crop else (1 << 30, 1 << 30)))
+            images = make_clip_loader(source, batch_size=data.image_batch, crop=frame, start_step=step, **options)
+            yield from itertools.islice(images, data.image_steps - step)
+            images.close()
+        yield from make_clip_loader(source, batch_size=data.batch, crop=data.crop,
+                                    start_step=max(step, data.image_steps), **options)  # fmt: skip
+
     return Objective(
         name="VAE",
-        identity=source_identity(source, repr((data.batch, data.crop, settings.seed))),
+        identity=source_identity(source, repr((data.batch, data.crop, data.image_steps, data.image_batch, settings.seed))),
         init=lambda key: functional.init(VAE, model, key),
         loss=loss,
-        batches=lambda step: make_clip_loader(
-            source, batch_size=data.batch, seed=settings.seed, crop=data.crop, start_step=step,
-            num_workers=data.workers, **_options(),
-        ),
+        batches=batches,
         work=lambda batch: dict(frames=int(np.prod(batch["video"].shape[:2])) * jax.process_count()),
         evaluate=evaluate,
         finish=finish,

@@ -15,17 +15,24 @@ FROZEN = r"(^|/)latents_(mean|std)$"
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with linear warm-up, cosine decay, global-norm clipping and an EMA of the parameters."""
+    """AdamW or Muon with linear warm-up, cosine decay, global-norm clipping and an EMA of the parameters."""
 
+    optimizer: str = "adamw"  # adamw, or muon: orthogonalised momentum for kernels (Jordan 2024), Adam for the rest
     lr: float = 1e-4
+    vector_lr: float = 0.0  # muon: the learning rate of what is left to Adam; 0: that of the kernels
     warmup_steps: int = 1000
     final_lr: float = 0.0  # at the last step, as a fraction of lr
     b1: float = 0.9
     b2: float = 0.99
     eps: float = 1e-8
     weight_decay: float = 0.0  # of matrices and kernels; biases, norms and modulations are left alone
-    clip_norm: float = 1.0
+    clip_norm: float = 1.0  # of the gradient of all parameters together
     ema_decay: float = 0.9999  # reached gradually: min(ema_decay, (1 + step) / (10 + step))
+
+
+    def __post_init__(self):
+        if self.optimizer not in ("adamw", "muon"):
+            raise ValueError(f"optimizer is {self.optimizer!r}: use adamw or muon")
 
 
 def learning_rate(config: OptimConfig, num_steps: int):
@@ -49,13 +56,34 @@ def make_tx(config: OptimConfig, num_steps: int) -> optax.GradientTransformation
     def frozen(params):
         return jax.tree_util.tree_map_with_path(lambda path, p: bool(re.search(FROZEN, path_string(path))), params)
 
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.scale_by_adam(config.b1, config.b2, config.eps),
-        optax.add_decayed_weights(config.weight_decay, mask=decayed),
-        optax.scale_by_learning_rate(learning_rate(config, num_steps)),
-        optax.masked(optax.set_to_zero(), frozen),
-    )
+    schedule = learning_rate(config, num_steps)
+    if config.optimizer == "muon":
+        ratio = config.vector_lr / config.lr if config.vector_lr else 1.0
+        core = optax.contrib.muon(
+            schedule, adam_learning_rate=lambda step: ratio * schedule(step), adam_b1=config.b1, adam_b2=config.b2,
+            weight_decay=config.weight_decay, weight_decay_mask=decayed,
+            muon_weight_dimension_numbers=muon_dimensions,
+        )  # fmt: skip
+    else:
+        core = optax.chain(
+            optax.scale_by_adam(config.b1, config.b2, config.eps),
+            optax.add_decayed_weights(config.weight_decay, mask=decayed),
+            optax.scale_by_learning_rate(schedule),
+        )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), core, optax.masked(optax.set_to_zero(), frozen))
+
+
+def muon_dimensions(params):
+    """Which axes of each kernel are inputs and outputs; a leading axis of stacked layers is neither. None: Adam."""
+
+    def rule(path, p):
+        path = path_string(path)
+        if not path.endswith("kernel"):
+            return None
+        first = 1 if re.search(r"(^|/)blocks/(?!\d)", path) else 0  # blocks/0/... is a list, blocks/q/... is stacked
+        return optax.contrib.MuonDimensionNumbers(tuple(range(first, p.ndim - 1)), (p.ndim - 1,))
+
+    return jax.tree_util.tree_map_with_path(rule, params)
 
 
 def update_ema(ema_params, params, step, decay: float):

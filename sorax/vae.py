@@ -55,26 +55,27 @@ class VAEConfig:
         return 1 + (num_frames - 1) // ts, height // ss, width // ss
 
 
-def conv_time(x, kernel, time_stride: int = 1):
-    """3-D convolution over `[B, T, H, W, C]`, valid in time, SAME in space; kernel `[kt, kh, kw, C, C_out]`.
+def conv_causal(x, kernel):
+    """3-D convolution over `[B, T, H, W, C]`, zero-padded: causal in time, SAME in space; kernel `[kt, kh, kw, C, C_out]`.
 
     XLA's CPU backend runs a 3-D convolution several times slower than the 2-D convolutions of its time taps, so
-    there it is a sum of those; accelerators take it whole (`experiments/bench/conv.py`).
+    there it is a sum of those, none of which reads padding; accelerators take it whole (`experiments/bench/conv.py`).
     """
-    kt, kh, kw = kernel.shape[:3]
-    space = (((kh - 1) // 2, kh // 2), ((kw - 1) // 2, kw // 2))
-    T_out = (x.shape[1] - kt) // time_stride + 1
+    T = x.shape[1]
+    kernel = kernel[-T:]  # taps further back than the clip is long see padding alone
 
     def whole(x, kernel):
+        kt, kh, kw = kernel.shape[:3]
+        padding = ((kt - 1, 0), ((kh - 1) // 2, kh // 2), ((kw - 1) // 2, kw // 2))
         return jax.lax.conv_general_dilated(
-            x, kernel, (time_stride, 1, 1), ((0, 0), *space), dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
+            x, kernel, (1, 1, 1), padding, dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
         )
 
     def by_taps(x, kernel):
-        out = 0
-        for tap in range(kt):
-            frames = x[:, tap : tap + (T_out - 1) * time_stride + 1 : time_stride]
-            out = out + conv_space(frames, kernel[tap], padding=space)
+        out = conv_space(x, kernel[-1])
+        for back in range(1, kernel.shape[0]):
+            past = conv_space(x[:, : T - back], kernel[-1 - back])
+            out = out + jnp.pad(past, ((0, 0), (back, 0), (0, 0), (0, 0), (0, 0)))
         return out
 
     return jax.lax.platform_dependent(x, kernel, cpu=by_taps, default=whole)
@@ -91,22 +92,24 @@ def conv_space(x, kernel, *, stride: int = 1, padding="SAME"):
 
 
 class Conv(nnx.Module):
-    """Convolution with kernel (kt, kh, kw), causal in time: only past frames are padded, with zeros."""
+    """Convolution with kernel (kt, kh, kw), causal in time: only past frames are padded, with zeros.
+
+    It starts as the convolution of each frame alone (past taps are zero), so that what is learned from images holds
+    for every frame of a clip from the start: an inflated image network.
+    """
 
     def __init__(self, n_in, n_out, kernel_size, rngs, *, std_scale=1.0):
-        fan_in = n_in * kernel_size[0] * kernel_size[1] * kernel_size[2]
-        std = std_scale * fan_in**-0.5
-        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (*kernel_size, n_in, n_out)))
+        kt, kh, kw = kernel_size
+        std = std_scale * (n_in * kh * kw) ** -0.5
+        now = std * jax.random.normal(rngs.params(), (1, kh, kw, n_in, n_out))
+        self.kernel = nnx.Param(jnp.pad(now, ((kt - 1, 0), (0, 0), (0, 0), (0, 0), (0, 0))))
         self.bias = nnx.Param(jnp.zeros(n_out))
 
-    def __call__(self, x, *, time_stride: int = 1, causal_pad: bool = True):
+    def __call__(self, x):
         kernel = self.kernel[...]
-        kt, kh, kw = kernel.shape[:3]
-        if (kt, kh, kw) == (1, 1, 1):
+        if kernel.shape[:3] == (1, 1, 1):
             return x @ kernel[0, 0, 0] + self.bias[...]
-        if kt > 1 and causal_pad:
-            x = jnp.pad(x, ((0, 0), (kt - 1, 0), (0, 0), (0, 0), (0, 0)))
-        return conv_time(x, kernel, time_stride) + self.bias[...]
+        return conv_causal(x, kernel) + self.bias[...]
 
 
 class Norm(nnx.Module):
@@ -171,12 +174,17 @@ class Downsample(nnx.Module):
     def __init__(self, width, temporal, rngs):
         self.conv = Conv(width, width, (1, 3, 3), rngs)
         self.time_conv = Conv(width, width, (3, 1, 1), rngs) if temporal else None
+        if temporal:  # starts by keeping the middle one of each window of three frames
+            self.time_conv.kernel[...] = jnp.zeros((3, 1, 1, width, width)).at[1, 0, 0].set(jnp.eye(width))
 
     def __call__(self, x):
         x = conv_space(x, self.conv.kernel[...][0], stride=2, padding=((0, 1), (0, 1))) + self.conv.bias[...]
         if self.time_conv is None or x.shape[1] == 1:
             return x
-        return jnp.concatenate([x[:, :1], self.time_conv(x, time_stride=2, causal_pad=False)], axis=1)
+        # Stride 2 over three frames at a time, the first of them shared with the window before: products by tap.
+        kernel, n = self.time_conv.kernel[...][:, 0, 0], (x.shape[1] - 1) // 2
+        later = sum(x[:, tap : tap + 2 * n : 2] @ kernel[tap] for tap in range(3)) + self.time_conv.bias[...]
+        return jnp.concatenate([x[:, :1], later], axis=1)
 
 
 class Upsample(nnx.Module):
@@ -188,6 +196,9 @@ class Upsample(nnx.Module):
     def __init__(self, width, temporal, rngs):
         self.conv = Conv(width, width // 2, (1, 3, 3), rngs)
         self.time_conv = Conv(width, 2 * width, (3, 1, 1), rngs) if temporal else None
+        if temporal:  # starts by showing every frame twice
+            twice = jnp.tile(jnp.eye(width), (1, 2))
+            self.time_conv.kernel[...] = jnp.zeros((3, 1, 1, width, 2 * width)).at[2, 0, 0].set(twice)
 
     def __call__(self, x):
         if self.time_conv is not None and x.shape[1] > 1:
@@ -251,6 +262,8 @@ class VAE(nnx.Module):
         c = config.latent_channels
         self.encoder = Encoder(config, rngs)
         self.quant_conv = Conv(2 * c, 2 * c, (1, 1, 1), rngs)
+        # A posterior that starts narrow: with one as wide as its means, training first fights its own noise.
+        self.quant_conv.bias[...] = jnp.where(jnp.arange(2 * c) < c, 0.0, -6.0)
         self.post_quant_conv = Conv(c, c, (1, 1, 1), rngs)
         self.decoder = Decoder(config, rngs)
         self.latents_mean = nnx.Param(jnp.zeros(c))
