@@ -43,19 +43,19 @@ def get_config():
     config.kind = "dit"
     config.vae = get_vae()
     config.model = dict(
-        in_channels=8, out_channels=8, patch_size=(1, 4, 4), num_layers=4, num_heads=4, head_dim=32, ffn_dim=512,
+        in_channels=8, out_channels=8, patch_size=(1, 4, 4), num_layers=4, num_heads=2, head_dim=64, ffn_dim=512,
         text_dim=64, freq_dim=256,
     )  # fmt: skip
-    config.text = dict(vocab_size=384, width=64, num_layers=2, num_heads=4, head_dim=16, ffn_dim=128)
+    config.text = dict(vocab_size=384, width=64, num_layers=2, num_heads=2, head_dim=32, ffn_dim=128)
     config.flow = dict(
         sigma_mean=0.0, sigma_std=1.0, train_shift=1.0, sample_shift=3.0, caption_dropout=0.1,
         given=(0.8, 0.1, 0.02, 0.04, 0.04),
     )  # fmt: skip
     config.data = dict(
-        path="world", world=get_world(), batch=16, row_tokens=128, row_text=192, max_segments=16, val_samples=64, workers=0
+        path="world", world=get_world(), batch=32, row_tokens=60, row_text=128, max_segments=8, val_samples=64, workers=0
     )
     config.optim = dict(lr=1.5e-3, warmup_steps=50, final_lr=0.02, b2=0.99, ema_decay=0.995)
-    config.train = dict(steps=2000, seed=0, log_every=50, unroll=1)
+    config.train = dict(steps=2000, seed=0, log_every=50, unroll=True)
     config.checkpoint = dict(every=500, keep=1)
     config.mesh = dict(data=-1, fsdp=1, context=1, tensor=1)
     config.eval = dict(every=1000, num_videos=4, num_steps=30, guidance_scale=3.0, num_clips=64)

@@ -263,7 +263,7 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
     text_graph, _ = functional.abstract(TextEncoder, text_model)
     constrain = sharding.activation_constraint(mesh)
     S = data.max_segments
-    run_options = dict(remat=settings.remat, unroll=settings.unroll or True, constrain=constrain)
+    run_options = dict(remat=settings.remat, unroll=settings.unroll, constrain=constrain)
 
     def init(key):
         dit_key, text_key = jax.random.split(key)

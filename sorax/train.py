@@ -30,7 +30,7 @@ class TrainConfig:
     accumulate: int = 1  # micro-batches a step; the batch is split, the result is that of the whole batch
     dtype: str = "auto"  # of the forward pass: float32, bfloat16, or auto (float32 on CPU, bfloat16 elsewhere)
     remat: str = "none"  # what the backward pass recomputes: none, dots, full
-    unroll: int = 1  # layers an iteration of the scan over layers; 0 unrolls all
+    unroll: bool = False  # a loop over the layers in place of a scan: faster on a CPU, slower to compile
 
 
 @dataclasses.dataclass(frozen=True)
