@@ -14,7 +14,9 @@ SHAPES = ((9, 32, 32),) * 6 + ((1, 32, 32), (5, 32, 32), (9, 32, 48), (9, 48, 32
 
 
 def get_world():
-    return ConfigDict(dict(num_samples=6000, shapes=SHAPES, fps=8.0, extent=5.0, num_objects=(1, 1), motions=("straight",)))
+    return ConfigDict(
+        dict(num_samples=6000, shapes=SHAPES, fps=8.0, extent=5.0, num_objects=(1, 1), motions=("straight",))
+    )
 
 
 def get_vae():
@@ -52,9 +54,9 @@ def get_config():
         given=(0.8, 0.1, 0.02, 0.04, 0.04),
     )  # fmt: skip
     config.data = dict(
-        path="world", world=get_world(), batch=32, row_tokens=60, row_text=128, max_segments=8, val_samples=64, workers=0
-    )
-    config.optim = dict(lr=1.5e-3, warmup_steps=50, final_lr=0.02, b2=0.99, ema_decay=0.995)
+        path="world", world=get_world(), batch=32, row_tokens=60, row_text=128, max_segments=8, val_samples=64,
+    )  # fmt: skip
+    config.optim = dict(optimizer="muon", lr=1e-2, vector_lr=2e-3, warmup_steps=50, final_lr=0.02, b2=0.99, ema_decay=0.995)
     config.train = dict(steps=2000, seed=0, log_every=50, unroll=True)
     config.checkpoint = dict(every=500, keep=1)
     config.mesh = dict(data=-1, fsdp=1, context=1, tensor=1)

@@ -9,7 +9,6 @@ import orbax.checkpoint as ocp
 from sorax.errors import UserError
 from sorax.sharding import path_string
 
-
 ITEMS = ("params", "ema_params", "opt_state", "rng")
 
 
@@ -36,8 +35,10 @@ class Checkpoints:
         need = sum(x.size * x.dtype.itemsize for x in leaves if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key))
         free = shutil.disk_usage(self.path).free
         if free < 1.1 * need:
-            raise UserError(f"no space left for the checkpoint of step {step} in {self.path!r}: {need / 2**20:.0f} MiB "
-                            f"needed, {free / 2**20:.0f} MiB free; free some and run the same command to go on")  # fmt: skip
+            raise UserError(
+                f"no space left for the checkpoint of step {step} in {self.path!r}: {need / 2**20:.0f} MiB needed, "
+                f"{free / 2**20:.0f} MiB free; free some and run the same command to go on"
+            )
         args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         self._guard(lambda: self._manager.save(step, args=ocp.args.Composite(**args, info=ocp.args.JsonSave(info))))
 
@@ -80,8 +81,10 @@ class Checkpoints:
         try:
             action()
         except OSError as error:
-            raise UserError(f"a checkpoint could not be written to {self.path!r}: {error}; the last complete one is "
-                            f"of step {self.latest_step()}: run the same command to go on from it") from error  # fmt: skip
+            raise UserError(
+                f"a checkpoint could not be written to {self.path!r}: {error}; the last complete one is of step "
+                f"{self.latest_step()}: run the same command to go on from it"
+            ) from error
 
 
 def _shapes(tree):

@@ -1,5 +1,6 @@
 """Run folders read back: which networks a finished run holds, with their parameters."""
 
+import collections
 import dataclasses
 import hashlib
 import os
@@ -7,6 +8,7 @@ import os
 import jax
 from jax.sharding import SingleDeviceSharding
 
+from data_pipelines.sources import open_source
 from sorax import config as config_lib
 from sorax import functional
 from sorax.checkpoint import Checkpoints
@@ -14,6 +16,7 @@ from sorax.dit import DiT, DiTConfig
 from sorax.encode import Codec
 from sorax.errors import UserError
 from sorax.export import Networks
+from sorax.generate import Generator
 from sorax.text import TextConfig, TextEncoder
 from sorax.vae import VAE, VAEConfig
 
@@ -32,6 +35,29 @@ class Run:
     @property
     def codec(self) -> Codec:
         return Codec(self.networks.vae_config, self.networks.vae)
+
+    def generator(self) -> Generator:
+        """Sampler of this run's networks."""
+        n = self.networks
+        return Generator(n.dit_config, n.dit, n.text_config, n.text, self.codec)
+
+    def usual_shape(self) -> tuple[int, int, int, float]:
+        """(frames, height, width, fps) that the run saw most among its first validation samples."""
+        vae, patch_size = self.networks.vae_config, self.networks.dit_config.patch_size
+        source = open_source(self.config.data, split="test", spatial_multiple=vae.spatial_stride * patch_size[1],
+                             temporal_stride=vae.temporal_stride)  # fmt: skip
+        specs = [source.spec(i) for i in range(min(len(source), 64))]
+        shapes = collections.Counter((s.num_frames, s.height, s.width, s.fps) for s in specs)
+        return shapes.most_common(1)[0][0]
+
+    def metadata(self, weights: str) -> dict:
+        """What a model card says of the run; scores if it has been evaluated."""
+        frames, height, width, fps = self.usual_shape()
+        settings = self.config.eval
+        sample = dict(prompt="a red circle moving right", height=height, width=width, num_frames=frames, fps=fps,
+                      num_steps=settings.num_steps, guidance_scale=settings.guidance_scale)  # fmt: skip
+        return dict(name=os.path.basename(os.path.abspath(self.workdir)), step=self.step, weights=weights,
+                    config=self.config.to_dict(), data=f"data.path = {self.config.data.path!r}", sample=sample)  # fmt: skip
 
 
 def load_run(workdir: str, weights: str = "ema") -> Run:

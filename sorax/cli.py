@@ -1,0 +1,185 @@
+"""`sorax <verb>`: one thin function a verb. Heavy imports wait until a verb needs them."""
+
+import argparse
+import os
+import sys
+
+from sorax import backend
+from sorax.errors import UserError
+
+
+def main(argv=None) -> int:
+    """Entry point; returns the exit code. A user's mistake is one line on stderr and code 2."""
+    backend.configure()
+    arguments, overrides = _parse(sys.argv[1:] if argv is None else argv)
+    try:
+        arguments.run(arguments, overrides)
+        return 0
+    except UserError as error:
+        print(f"sorax: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno != 28:  # no space left on device
+            raise
+        print(f"sorax: no space left on the disk ({error}): free some and run the same command to go on", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("sorax: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def _parse(argv):
+    parser = argparse.ArgumentParser(prog="sorax", description="Train, sample, evaluate and export text-to-video models.")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    def verb(function, name, text):
+        sub = verbs.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=function, takes_overrides=False)
+        return sub
+
+    quick = verb(quickstart, "quickstart", "train a small model on the embedded world, sample, evaluate and export it")
+    quick.add_argument("--workdir", default="runs/quickstart", help="run folder (default: %(default)s)")
+
+    train = verb(train_verb, "train", "train what an experiment describes, or go on where its run stands")
+    train.add_argument("--config", required=True, help="experiment file, such as experiments/quickstart.py")
+    train.add_argument("--workdir", required=True, help="run folder")
+    train.add_argument("--config.KEY=VALUE", dest="_", help="override any key, such as --config.optim.lr=1e-4")
+    train.set_defaults(takes_overrides=True)
+
+    sample = verb(sample_verb, "sample", "make videos from prompts with a trained run")
+    sample.add_argument("--run", required=True, dest="workdir", help="run folder")
+    sample.add_argument("--prompt", action="append", required=True, help="what to show; may be given several times")
+    sample.add_argument("--negative-prompt", default="", help="what guidance leads away from")
+    sample.add_argument("--size", default="", help="WxH in pixels (default: what the run was trained on most)")
+    sample.add_argument("--frames", type=int, default=0, help="number of frames (default: likewise)")
+    sample.add_argument("--fps", type=float, default=0.0, help="frames per second of the file (default: the run's)")
+    sample.add_argument("--steps", type=int, default=0, help="sampling steps (default: the config's)")
+    sample.add_argument("--guidance", type=float, default=None, help="guidance scale, 1 = off (default: the config's)")
+    sample.add_argument("--shift", type=float, default=None, help="noise schedule shift (default: the config's)")
+    sample.add_argument("--seed", type=int, default=0, help="noise seed; prompt k of several uses seed + k")
+    sample.add_argument("--weights", choices=("ema", "raw"), default="ema")
+    sample.add_argument("--out", default="sample.mp4", help=".mp4, .gif or .png; several prompts are numbered")
+
+    evaluate = verb(evaluate_verb, "evaluate", "score a run against exact ground truth")
+    evaluate.add_argument("--run", required=True, dest="workdir", help="run folder")
+    evaluate.add_argument("--out", default="report", help="folder for scores.json, scores.md and pictures")
+    evaluate.add_argument("--clips", type=int, default=0, help="clips of each split (default: the config's)")
+
+    export = verb(export_verb, "export", "write the networks for other programs")
+    export.add_argument("--run", required=True, dest="workdir", help="run folder")
+    export.add_argument("--out", required=True, help="new folder")
+    export.add_argument("--format", choices=("diffusers", "safetensors"), default="diffusers")
+    export.add_argument("--dtype", choices=("f32", "bf16"), default="f32")
+    export.add_argument("--weights", choices=("ema", "raw"), default="ema")
+
+    arguments, rest = parser.parse_known_args(argv)
+    overrides = [text.removeprefix("--config.") for text in rest if text.startswith("--config.")]
+    unknown = [text for text in rest if not text.startswith("--config.")]
+    if unknown or (overrides and not arguments.takes_overrides):
+        parser.error(f"unknown argument {(unknown or rest)[0]!r}")
+    return arguments, overrides
+
+
+def train_verb(arguments, overrides):
+    from sorax import config
+    from sorax.train import train
+
+    train(config.load_config(arguments.config, overrides), arguments.workdir)
+    print(f"run: {arguments.workdir}")
+
+
+def quickstart(arguments, _):
+    """Everything once, small; a second call goes on or says that it is done."""
+    import importlib.util
+    import time
+
+    from sorax import config
+    from sorax.train import train
+
+    began, workdir = time.monotonic(), arguments.workdir
+    path = importlib.util.find_spec("experiments.quickstart").origin
+    report, exported = os.path.join(workdir, "report"), os.path.join(workdir, "diffusers")
+    train(config.load_config(path), workdir)
+    if not os.path.exists(os.path.join(report, "scores.json")):
+        _evaluate(workdir, report, 0)
+    if not os.path.exists(exported):
+        _export(workdir, exported, "diffusers", "f32", "ema")
+    minutes, seconds = divmod(int(time.monotonic() - began), 60)
+    with open(os.path.join(report, "scores.md")) as f:
+        print("\n" + f.read())
+    print(f"done in {minutes} min {seconds} s")
+    for what, where in (
+        ("samples", os.path.join(report, "samples.png")), ("scores", os.path.join(report, "scores.md")),
+        ("diffusers folder", exported), ("metrics", os.path.join(workdir, "metrics.jsonl")),
+        ("TensorBoard", f"tensorboard --logdir {workdir}"),
+        ("try", f'sorax sample --run {workdir} --prompt "a red circle moving right" --out red.gif'),
+    ):  # fmt: skip
+        print(f"  {what + ':':18}{where}")
+
+
+def sample_verb(arguments, _):
+    import re
+
+    from sorax import generate, media
+    from sorax.runs import load_run
+
+    run = load_run(arguments.workdir, arguments.weights)
+    frames, height, width, fps = run.usual_shape()
+    if arguments.size:
+        match = re.fullmatch(r"(\d+)x(\d+)", arguments.size)
+        if not match:
+            raise UserError(f"--size {arguments.size!r} is not WxH: write for example --size 48x32")
+        width, height = map(int, match.groups())
+    frames = arguments.frames or frames
+    if min(frames, height, width) < 1:
+        raise UserError(f"{width}x{height} with {frames} frames is too small: all must be at least 1")
+    legal = generate.legal_shape(run.networks.vae_config, run.networks.dit_config.patch_size, frames, height, width)
+    if legal != (frames, height, width):
+        print(f"{frames} frames of {width}x{height} are off the grid: making {legal[0]} of {legal[2]}x{legal[1]}")
+    outs = [arguments.out]
+    if len(arguments.prompt) > 1:
+        stem, suffix = os.path.splitext(arguments.out)
+        outs = [f"{stem}_{k}{suffix}" for k in range(len(arguments.prompt))]
+    media.check_suffix(outs[0], legal[0])
+    settings = run.config.eval
+    requests = [generate.Request(prompt, *legal, seed=arguments.seed + k, negative_prompt=arguments.negative_prompt)
+                for k, prompt in enumerate(arguments.prompt)]  # fmt: skip
+    videos = run.generator().videos(
+        requests,
+        num_steps=arguments.steps or settings.num_steps,
+        guidance_scale=settings.guidance_scale if arguments.guidance is None else arguments.guidance,
+        shift=run.config.flow.sample_shift if arguments.shift is None else arguments.shift,
+    )
+    for out, video, prompt in zip(outs, videos, arguments.prompt):
+        media.write_video(out, video, arguments.fps or fps)
+        print(f"{out}: {prompt}")
+
+
+def evaluate_verb(arguments, _):
+    _evaluate(arguments.workdir, arguments.out, arguments.clips)
+
+
+def _evaluate(workdir, out, clips):
+    from sorax import evaluate
+
+    scores = evaluate.evaluate_folder(workdir, out, num_clips=clips or None)
+    print("\n".join(evaluate.summary_lines(scores)))
+    print(f"report: {out}")
+
+
+def export_verb(arguments, _):
+    _export(arguments.workdir, arguments.out, arguments.format, arguments.dtype, arguments.weights)
+    print(f"{arguments.format} folder: {arguments.out}")
+
+
+def _export(workdir, out, form, dtype, weights):
+    from sorax import export
+    from sorax.runs import load_run
+
+    run = load_run(workdir, weights)
+    write = {"diffusers": export.export_diffusers, "safetensors": export.export_safetensors}[form]
+    write(run.networks, out, shift=run.config.flow.sample_shift, dtype=dtype, metadata=run.metadata(weights))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
