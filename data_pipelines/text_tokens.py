@@ -1,5 +1,8 @@
 """Captions as numbers. Byte tokens need no vocabulary file and know every script."""
 
+import html
+
+import ftfy
 import numpy as np
 
 from sorax.errors import UserError
@@ -7,6 +10,11 @@ from sorax.errors import UserError
 PAD_ID = 0
 EOS_ID = 1
 MAX_TOKENS = 512  # of one caption, end included: the text slots of a Wan-shaped model
+
+
+def clean(caption):
+    """A caption as Wan's pipeline cleans it: mojibake mended, HTML entities resolved, white space folded."""
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(caption))).split())
 
 
 class ByteTokenizer:
@@ -22,10 +30,11 @@ class ByteTokenizer:
         self.max_tokens = max_tokens
 
     def encode(self, caption, key=None):
-        """Token ids int32 [L] of a caption, the end mark last; an empty caption is the end mark alone.
+        """Token ids int32 [L] of a caption, cleaned, the end mark last; an empty caption is the end mark alone.
 
         Raises UserError that names the sample `key` where the caption has more than max_tokens - 1 bytes.
         """
+        caption = clean(caption)
         raw = np.frombuffer(caption.encode("utf-8", errors="replace"), np.uint8)
         if len(raw) + 1 > self.max_tokens:
             whose = f" of {key}" if key is not None else ""

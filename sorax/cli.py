@@ -21,7 +21,7 @@ def main(argv=None) -> int:
     except OSError as error:
         if error.errno != 28:  # no space left on device
             raise
-        print(f"sorax: no space left on the disk ({error}): free some and run the same command to go on", file=sys.stderr)
+        print(f"sorax: no space left on the disk ({error}): free some and run the command again", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("sorax: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
@@ -29,7 +29,8 @@ def main(argv=None) -> int:
 
 
 def _parse(argv):
-    parser = argparse.ArgumentParser(prog="sorax", description="Train, sample, evaluate and export text-to-video models.")
+    text = "Train, sample, evaluate and export text-to-video models."
+    parser = argparse.ArgumentParser(prog="sorax", description=text)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     def verb(function, name, text):

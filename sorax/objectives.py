@@ -125,6 +125,11 @@ def make_objective(config, workdir: str, mesh) -> Objective:
     return makers[config.kind](config, workdir, mesh)
 
 
+def _check_path(data):
+    if not data.path:
+        raise UserError("config.data.path is empty: set --config.data.path=FOLDER (videos with captions), or =world")
+
+
 def _options():
     return dict(process_index=jax.process_index(), process_count=jax.process_count())
 
@@ -139,6 +144,7 @@ def vae_objective(config, workdir: str, mesh) -> Objective:
     settings = config_lib.build(TrainConfig, config.train, "train")
     evaluation = config_lib.build(EvalConfig, config.eval, "eval")
     dtype = compute_dtype(settings.dtype)
+    _check_path(data)
     grid = dict(spatial_multiple=model.spatial_stride, temporal_stride=model.temporal_stride)
     source = open_source(config.data, **grid)
     held_out = held_out_source(config.data, **grid)
@@ -237,6 +243,7 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
     dtype = compute_dtype(settings.dtype)
 
     # --- Data: latents of every sample, made once
+    _check_path(data)
     vae_config, vae_params, vae_identity = prepare_vae(config, workdir)
     if model.in_channels != vae_config.latent_channels or text_model.width != model.text_dim:
         raise UserError(
