@@ -1,0 +1,182 @@
+"""Algebra of rectified flow, noise levels, given masks and the Euler sampler."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given as for_all
+from hypothesis import settings
+from hypothesis import strategies as st
+
+from sorax import flow, sampler
+from sorax.patchify import positions
+
+numbers = st.floats(-100, 100, width=32)
+levels = st.floats(0, 1)
+shifts = st.floats(0.2, 20)
+
+
+# Plain numbers are double precision, so only rounding separates the two sides.
+@for_all(numbers, numbers, levels)
+def test_velocity_gives_back_the_clean_sample_and_the_noise(x0, noise, sigma):
+    x, velocity = flow.add_noise(x0, noise, sigma), flow.velocity_target(x0, noise)
+    assert flow.denoised(x, velocity, sigma) == pytest.approx(x0, abs=1e-10)
+    assert flow.implied_noise(x, velocity, sigma) == pytest.approx(noise, abs=1e-10)
+
+
+@for_all(numbers, numbers, levels, st.floats(-1, 1))
+def test_velocity_is_the_derivative_of_the_noised_sample(x0, noise, sigma, step):
+    moved = flow.add_noise(x0, noise, sigma + step) - flow.add_noise(x0, noise, sigma)
+    assert moved == pytest.approx(step * flow.velocity_target(x0, noise), abs=1e-10)
+
+
+@for_all(levels, shifts)
+def test_unshift_undoes_shift_within_the_unit_interval(sigma, shift):
+    shifted = flow.shift_sigma(sigma, shift)
+    assert 0 <= shifted <= 1 + 1e-12
+    assert flow.unshift_sigma(shifted, shift) == pytest.approx(sigma, abs=1e-9)
+    assert shifted >= sigma - 1e-12 if shift >= 1 else shifted <= sigma + 1e-12  # more than 1: towards noise
+
+
+def test_sigma_is_logit_normal_then_shifted():
+    sigma = flow.draw_sigma(jax.random.key(0), (20000,), mean=0.5, std=1.5, shift=3.0)
+    logits = jax.scipy.special.logit(flow.unshift_sigma(sigma, 3.0))
+    assert sigma.min() > 0 and sigma.max() < 1
+    assert abs(logits.mean() - 0.5) < 0.05 and abs(logits.std() - 1.5) < 0.05  # four standard errors are 0.04 and 0.03
+
+
+# --- Given masks
+
+SHAPES = ((5, 2, 2), (1, 4, 2), (2, 2, 4), (3, 2, 2))  # latents: a long clip, an image, short clips; one patch is 1x2x2
+ROWS = 64
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Many equal rows of four samples and padding, so that one call draws many masks."""
+    where = np.concatenate([positions(*shape) for shape in SHAPES] + [np.zeros((3, 3), np.int32)])
+    lengths = [int(np.prod(shape)) // 4 for shape in SHAPES]
+    ids = np.pad(np.repeat(np.arange(1, 5), lengths), (0, 3))
+    return tuple(jnp.asarray(np.repeat(x[None], ROWS, axis=0)) for x in (where, ids))
+
+
+@functools.partial(jax.jit, static_argnames="num_samples")
+def draw(seed, where, ids, probabilities, num_samples=len(SHAPES)):
+    return flow.draw_given(jax.random.key(seed), where, ids, num_samples, probabilities)
+
+
+def frames_given(mask, rows, segment):
+    """bool [ROWS, frames] of one sample; a frame is given as a whole or not at all."""
+    where, ids = (np.asarray(x) for x in rows)
+    here = ids[0] == segment
+    time, mask = where[0, here, 0], np.asarray(mask)[:, here]
+    by_frame = [mask[:, time == t] for t in range(time.max() + 1)]
+    for frame in by_frame:
+        assert np.all(frame == frame[:, :1])
+    return np.stack([frame[:, 0] for frame in by_frame], axis=1)
+
+
+@settings(max_examples=25, deadline=None)
+@for_all(st.integers(0, 2**31 - 1), st.tuples(*[st.integers(0, 3)] * 5).filter(any))
+def test_something_is_always_generated_and_images_wholly(rows, seed, weights):
+    mask = draw(seed, *rows, jnp.array(weights, jnp.float32))
+    for segment, (frames, *_) in enumerate(SHAPES, start=1):
+        given = frames_given(mask, rows, segment)
+        assert not np.any(np.all(given, axis=1))
+        if frames == 1:
+            assert not np.any(given)
+    assert not np.any(np.asarray(mask)[np.asarray(rows[1]) == 0])
+
+
+@pytest.mark.parametrize(
+    "mode, of_five, of_two",
+    [("none", "00000", "00"), ("first", "10000", "10"), ("last", "00001", "01"), ("both", "10001", "10")],
+)
+def test_modes_give_what_they_say(rows, mode, of_five, of_two):
+    """Both ends of two latent frames would leave nothing to generate: there it is the first."""
+    weights = jnp.array([float(name == mode) for name in flow.GIVEN_MODES])
+    mask = draw(0, *rows, weights)
+    for segment, expected in ((1, of_five), (3, of_two)):
+        np.testing.assert_array_equal(frames_given(mask, rows, segment), [[c == "1" for c in expected]] * ROWS)
+
+
+def test_first_k_gives_every_number_of_first_frames(rows):
+    weights = jnp.array([float(name == "first_k") for name in flow.GIVEN_MODES])
+    for segment, frames in ((1, 5), (3, 2)):
+        given = np.concatenate([frames_given(draw(seed, *rows, weights), rows, segment) for seed in range(3)])
+        k = given.sum(axis=1)
+        np.testing.assert_array_equal(given, np.arange(frames) < k[:, None])
+        assert set(k) == set(range(1, frames))
+
+
+def test_samples_of_a_row_draw_their_own_mode(rows):
+    weights = jnp.array([0.5, 0.5, 0, 0, 0])
+    mask = draw(0, *rows, weights)
+    first, other = (frames_given(mask, rows, segment)[:, 0] for segment in (1, 4))
+    assert {(bool(a), bool(b)) for a, b in zip(first, other)} == {(a, b) for a in (True, False) for b in (True, False)}
+
+
+def test_given_tokens_stay_clean_and_others_have_their_samples_level(rows):
+    _, ids = rows
+    mask = draw(0, *rows, jnp.array([0.2] * 5))
+    table = jax.random.uniform(jax.random.key(1), (ROWS, len(SHAPES) + 1)).at[:, 0].set(0.0)
+    tokens = jax.random.normal(jax.random.key(2), (*ids.shape, 8))
+    noisy, target, index = flow.noise_rows(jax.random.key(3), tokens, mask, ids, table)
+    sigma = jnp.take_along_axis(table, index, axis=1)
+    clean = np.asarray(mask | (ids == 0))
+    assert clean.any() and not clean.all()
+    np.testing.assert_array_equal(np.asarray(noisy)[clean], np.asarray(tokens)[clean])
+    np.testing.assert_array_equal(
+        np.asarray(sigma)[~clean], np.asarray(jnp.take_along_axis(table, ids, axis=1))[~clean]
+    )
+    np.testing.assert_allclose(flow.denoised(noisy, target, sigma[..., None]), tokens, atol=1e-5, rtol=0)
+
+
+def test_loss_is_the_mean_over_generated_tokens_alone(rows):
+    _, ids = rows
+    generated = np.asarray((ids != 0) & ~draw(0, *rows, jnp.array([0.2] * 5)))
+    velocity, target = (np.random.default_rng(i).standard_normal((*ids.shape, 8)).astype(np.float32) for i in range(2))
+    loss, error = flow.token_loss(velocity, target, generated)
+    np.testing.assert_allclose(loss, np.mean((velocity - target)[generated] ** 2), rtol=1e-5)
+    np.testing.assert_array_equal(np.asarray(error)[~generated], 0.0)
+    junk = np.where(generated[..., None], velocity, 1e3)
+    np.testing.assert_array_equal(flow.token_loss(junk, target, generated)[0], loss)
+    assert flow.token_loss(velocity, target, np.zeros_like(generated))[0] == 0
+
+
+# --- Sampling
+
+
+@settings(max_examples=30, deadline=None)
+@for_all(st.integers(1, 100), shifts)
+def test_schedule_falls_from_noise_to_clean(num_steps, shift):
+    sigmas = sampler.sigma_schedule(num_steps, shift)
+    assert sigmas.shape == (num_steps + 1,) and sigmas.dtype == np.float32
+    assert sigmas[0] == pytest.approx(1, abs=1e-6) and sigmas[-1] == 0
+    assert np.all(np.diff(sigmas) < 0)
+
+
+@pytest.mark.parametrize("num_steps", [1, 7])
+def test_euler_follows_a_straight_flow_exactly(num_steps):
+    """Towards one known sample the flow is a line, x = x0 + sigma * (noise - x0): any number of steps ends in x0."""
+    x0, noise = (jax.random.normal(jax.random.key(i), (3, 4)) for i in range(2))
+    made = sampler.euler(lambda x, sigma: (x - x0) / sigma, noise, sampler.sigma_schedule(num_steps, 3.0))
+    np.testing.assert_allclose(made, x0, atol=1e-5, rtol=0)
+
+
+def test_euler_is_of_first_order_on_a_curved_flow():
+    """dx / dsigma = x has the end e^-1 * x; twice the steps, half the error."""
+    errors = [
+        abs(float(sampler.euler(lambda x, sigma: x, jnp.float32(1.0), np.linspace(1, 0, n + 1))) - np.exp(-1))
+        for n in (10, 20, 40)
+    ]
+    assert errors[0] / errors[1] == pytest.approx(2, abs=0.1) and errors[1] / errors[2] == pytest.approx(2, abs=0.1)
+
+
+def test_guidance_of_one_is_off():
+    conditional, unconditional = jnp.array([1.0, -2.0]), jnp.array([0.5, 3.0])
+    np.testing.assert_allclose(sampler.guide(conditional, unconditional, 1.0), conditional)
+    np.testing.assert_allclose(sampler.guide(conditional, unconditional, 0.0), unconditional)
+    np.testing.assert_allclose(sampler.guide(conditional, unconditional, 3.0), [2.0, -12.0])
