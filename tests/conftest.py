@@ -1,8 +1,40 @@
-"""Every test sees 8 CPU devices, so that sharding is tested wherever the suite runs."""
+"""Every test sees 8 CPU devices, so that sharding is tested wherever the suite runs; and a run to look at."""
 
 import os
+import pathlib
+
+import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most of a test's time is XLA's; what several tests (or runs of the suite) compile alike is compiled once.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 _flag = "--xla_force_host_platform_device_count=8"
 if _flag not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
+
+QUICKSTART = pathlib.Path(__file__).parents[1] / "experiments" / "quickstart.py"
+TINY = (  # batches of 8, one for each device; one shape, for every shape is compiled
+    "vae.model.base_width=8", "vae.optim.optimizer=adamw", "vae.data.image_steps=0", "vae.data.batch=8",
+    "vae.data.world.num_samples=16", "vae.data.world.shapes=((5, 32, 32),)", "vae.train.steps=2",
+    "model.num_layers=2", "model.ffn_dim=128", "text.num_layers=1", "data.world.num_samples=32",
+    "data.world.shapes=((5, 32, 32),)", "data.val_samples=32", "data.batch=8", "train.steps=2", "train.unroll=false",
+    "eval.every=0", "eval.num_steps=2", "eval.num_clips=4",
+)  # fmt: skip
+
+
+def tiny_config(*overrides):
+    """The quickstart experiment, as small as it gets: two steps of a small VAE, then two of a small DiT."""
+    from sorax.config import load_config
+
+    return load_config(str(QUICKSTART), TINY + overrides)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """Folder of a finished run of `tiny_config()`, its VAE's in `vae`. Shared by all tests: copy it to change it."""
+    from sorax.train import train
+
+    workdir = str(tmp_path_factory.mktemp("runs") / "tiny")
+    train(tiny_config(), workdir)
+    return workdir

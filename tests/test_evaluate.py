@@ -1,0 +1,116 @@
+"""The suite of scores: its ceilings and its floor are where they must be, and it says the same twice."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from PIL import Image
+from video_files import numbered, write
+
+from sorax import evaluate
+from sorax.config import apply_overrides, read_config
+from sorax.errors import UserError
+from sorax.runs import load_run
+
+
+@pytest.fixture(scope="module")
+def report(tiny_run, tmp_path_factory):
+    """(scores as returned, report folder) of the tiny run."""
+    out = tmp_path_factory.mktemp("report") / "of" / "tiny"
+    return evaluate.evaluate_folder(tiny_run, str(out)), out
+
+
+def test_true_videos_are_all_right_and_untrained_models_all_wrong(report):
+    for entry in report[0]["splits"].values():
+        for cell in entry["prompts"]["ground_truth"].values():
+            assert cell["rate"] == 1 and cell["k"] == cell["n"] == 4
+        assert entry["prompts"]["untrained"]["joint"]["rate"] == 0
+
+
+def test_splits_are_single_objects_in_the_commonest_moving_shape(tiny_run):
+    run = load_run(tiny_run)
+    data = apply_overrides(run.config.copy_and_resolve_references(), ["data.world.num_objects=(1, 3)"]).data
+    data.world.shapes = [[1, 32, 32]] * 3 + [[5, 32, 48]] * 2 + [[9, 32, 32]]
+    splits = evaluate.load_splits(data, run.networks.vae_config, 6, 16)
+    assert list(splits) == ["test", "heldout"]
+    for clips in splits.values():
+        assert {video.shape for video in clips.videos} == {(5, 32, 48, 3)} and len(clips.videos) == 6
+        assert all(truth.num_objects == 1 for truth in clips.truths)
+    assert not set(splits["test"].captions) & set(splits["heldout"].captions)
+
+
+def test_report_holds_what_was_generated_and_judged(report):
+    scores, out = report
+    assert json.loads((out / "scores.json").read_text()) == json.loads(json.dumps(scores))
+    assert not list(out.glob("*.partial"))
+    for name, picture in (("test", "samples.png"), ("heldout", "heldout.png")):
+        Image.open(out / picture).verify()
+        clips = scores["splits"][name]["clips"]
+        stored = np.load(out / f"{name}.npz")
+        assert stored["videos"].shape == (4, 5, 32, 32, 3) and stored["videos"].dtype == np.uint8
+        assert list(stored["captions"]) == [clip["caption"] for clip in clips]
+        assert list(stored["seeds"]) == [0, 1, 2, 3]
+        table = scores["splits"][name]["prompts"]["model"]
+        assert all(table[column]["k"] == sum(clip[column] for clip in clips) for column in evaluate.COLUMNS)
+    Image.open(out / "reconstructions.png").verify()
+    text = (out / "scores.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| ground truth |")]
+    assert len(rows) == 2 and all(row.count("100.0 % [51.0, 100.0]") == 5 for row in rows)
+    assert any("ground truth 100.0 %" in line for line in evaluate.summary_lines(scores))
+
+
+def test_two_evaluations_differ_in_their_speed_alone(tiny_run, report, tmp_path):
+    scores = evaluate.evaluate_run(load_run(tiny_run), str(tmp_path), num_clips=4)
+    first, second = ({k: v for k, v in s.items() if k != "speed"} for s in (report[0], scores))
+    assert first == second
+    assert (np.load(tmp_path / "test.npz")["videos"] == np.load(report[1] / "test.npz")["videos"]).all()
+
+
+def test_vae_runs_are_scored_by_their_copies_alone(tiny_run, report, tmp_path):
+    scores = evaluate.evaluate_folder(str(pathlib.Path(tiny_run) / "vae"), str(tmp_path), num_clips=4)
+    for name, entry in scores["splits"].items():
+        assert entry["vae"] == report[0]["splits"][name]["vae"] and "prompts" not in entry
+    assert {path.name for path in tmp_path.iterdir()} == {"scores.json", "scores.md", "reconstructions.png"}
+
+
+def test_folders_of_videos_have_scores_of_the_vae_only(tiny_run, tmp_path):
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for i in range(3):
+        write(folder / f"{i}.mp4", numbered(9 + 4 * i))
+        (folder / f"{i}.txt").write_text(f"grey number {i}")
+    run = load_run(tiny_run)
+    run.config.data.path = str(folder)
+    run.config.data.max_tokens = 256
+    scores = evaluate.evaluate_run(run, str(tmp_path / "out"), num_clips=2)
+    assert scores["splits"]["folder"]["vae"]["n"] == 2 and "speed" not in scores
+    assert "need the world" in (tmp_path / "out" / "scores.md").read_text()
+    run.config.data.path = str(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="nowhere"):
+        evaluate.evaluate_run(run, str(tmp_path / "out2"))
+    assert not (tmp_path / "out2").exists()
+
+
+def test_exact_copies_leave_the_mean_finite():
+    rng = np.random.default_rng(0)
+    a, b = (rng.integers(0, 256, (2, 16, 16, 3), dtype=np.uint8) for _ in range(2))
+    mixed, alone = evaluate.fidelity([a, b], [a, a]), evaluate.fidelity([b], [a])
+    assert mixed["psnr"] == alone["psnr"] and (mixed["exact"], mixed["n"]) == (1, 2)
+    assert evaluate.fidelity([a], [a]) == dict(psnr=None, ssim=pytest.approx(1), n=1, exact=1)
+    assert evaluate.fidelity([a[:, :8]], [b[:, :8]])["ssim"] is None
+
+
+def test_what_no_caption_asks_is_null_and_said(report, tmp_path):
+    scores = json.loads(json.dumps(report[0]))
+    for table in scores["splits"]["test"]["prompts"].values():
+        table["direction"] = dict(rate=float("nan"), k=0, n=0, lo=0.0, hi=1.0)
+    assert "none asked" in evaluate.markdown(scores)
+    assert evaluate._without_nan(scores)["splits"]["test"]["prompts"]["vae"]["direction"]["rate"] is None
+
+
+def test_report_folders_that_cannot_be_made_are_named(tiny_run, tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(UserError, match="taken"):
+        evaluate.evaluate_folder(tiny_run, str(tmp_path / "taken" / "report"))
+    assert read_config(tiny_run).kind == "dit" and (tmp_path / "taken").read_text() == "a file"
