@@ -15,7 +15,7 @@ SHAPES = ((5, 32, 32),) * 6 + ((1, 32, 32), (9, 32, 32), (5, 32, 48), (5, 48, 32
 
 def get_world():
     return ConfigDict(
-        dict(num_samples=5000, shapes=SHAPES, fps=4.0, extent=5.0, num_objects=(1, 1), motions=("straight",))
+        dict(num_samples=5000, shapes=SHAPES, fps=8.0, extent=5.0, num_objects=(1, 1), motions=("straight",))
     )
 
 
@@ -30,8 +30,8 @@ def get_vae():
     )  # fmt: skip
     config.loss = dict(l1=0.0, l2=1.0, kl=1e-6)
     world = get_world()
-    world.shapes = ((5, 32, 32),)
-    config.data = dict(path="", world=world, batch=12, image_steps=500, image_batch=32)
+    world.shapes = ((9, 32, 32),)
+    config.data = dict(path="", world=world, batch=8, image_steps=500, image_batch=32)
     config.optim = dict(optimizer="muon", lr=2e-2, warmup_steps=20, final_lr=0.02, b2=0.99, ema_decay=0.98)
     config.train = dict(steps=800, seed=0, log_every=20)
     config.checkpoint = dict(every=400, keep=1)
@@ -59,8 +59,8 @@ def get_config():
     config.optim = dict(
         optimizer="muon", lr=1e-2, vector_lr=2e-3, warmup_steps=50, final_lr=0.02, b2=0.99, ema_decay=0.995
     )
-    config.train = dict(steps=2000, seed=0, log_every=50, unroll=True)
-    config.checkpoint = dict(every=500, keep=1)
+    config.train = dict(steps=1200, seed=0, log_every=50, unroll=True)
+    config.checkpoint = dict(every=600, keep=1)
     config.mesh = dict(data=-1, fsdp=1, context=1, tensor=1)
-    config.eval = dict(every=1000, num_videos=4, num_steps=30, guidance_scale=3.0, num_clips=64)
+    config.eval = dict(every=600, num_videos=4, num_steps=30, guidance_scale=3.0, num_clips=64)
     return config

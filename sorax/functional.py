@@ -13,7 +13,9 @@ def abstract(cls, config):
 
 def init(cls, config, key):
     """Fresh parameters of `cls(config, rngs)` as a nested dict; may run under `jax.jit`."""
-    return nnx.to_pure_dict(nnx.split(cls(config, nnx.Rngs(params=key)))[1])
+    params = nnx.to_pure_dict(nnx.split(cls(config, nnx.Rngs(params=key)))[1])
+    # A weakly typed leaf (made from Python numbers alone) would make the second training step compile again.
+    return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), params)
 
 
 def cast(params, dtype):

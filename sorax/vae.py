@@ -263,7 +263,7 @@ class VAE(nnx.Module):
         self.encoder = Encoder(config, rngs)
         self.quant_conv = Conv(2 * c, 2 * c, (1, 1, 1), rngs)
         # A posterior that starts narrow: with one as wide as its means, training first fights its own noise.
-        self.quant_conv.bias[...] = jnp.where(jnp.arange(2 * c) < c, 0.0, -6.0)
+        self.quant_conv.bias[...] = jnp.concatenate([jnp.zeros(c), jnp.full(c, -6.0)])
         self.post_quant_conv = Conv(c, c, (1, 1, 1), rngs)
         self.decoder = Decoder(config, rngs)
         self.latents_mean = nnx.Param(jnp.zeros(c))
