@@ -1,0 +1,156 @@
+"""The training loop: what is interrupted and resumed is what would have been, and micro-batches are the whole batch."""
+
+import dataclasses
+import json
+import os
+import time
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from conftest import tiny_config
+
+from sorax import objectives
+from sorax.checkpoint import ITEMS
+from sorax.optim import OptimConfig, make_tx
+from sorax.train import TrainState, make_step, train
+
+STEPS, SAVED, INTERRUPTED = 4, 2, 3  # the third step is lost, and done again
+KEEPING = f"every={SAVED}", "keep=2"
+TIMING = ("_per_s", "step_seconds")  # the only metrics that may differ
+
+
+def interrupt(workdir, config, monkeypatch):
+    """Trains until Ctrl-C comes in the step after the lost one, with the checkpoint before on disk."""
+    make = objectives.make_objective
+
+    def interrupted_objective(*args):
+        objective = make(*args)
+
+        def batches(step):
+            assert step == 0
+            for done, batch in enumerate(objective.batches(step)):
+                if done == INTERRUPTED:
+                    deadline = time.monotonic() + 60
+                    while not os.path.isdir(os.path.join(workdir, "checkpoints", str(SAVED))):
+                        assert time.monotonic() < deadline, "no checkpoint was written"
+                        time.sleep(0.05)
+                    raise KeyboardInterrupt
+                yield batch
+
+        return dataclasses.replace(objective, batches=batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(objectives, "make_objective", interrupted_objective)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, workdir)
+    assert os.listdir(os.path.join(workdir, "checkpoints")) == [str(SAVED)]
+
+
+def state_of(workdir, step=STEPS):
+    """Every array of a checkpoint."""
+    folder = os.path.join(workdir, "checkpoints", str(step))
+    trees = {name: ocp.StandardCheckpointer().restore(os.path.join(folder, name)) for name in ITEMS}
+    return jax.tree.map(np.asarray, trees)
+
+
+def metrics_of(workdir):
+    with open(os.path.join(workdir, "metrics.jsonl")) as f:
+        return [json.loads(line) for line in f]
+
+
+def assert_same_run(straight, resumed):
+    a, b = state_of(straight), state_of(resumed)
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    leaves = zip(jax.tree_util.tree_flatten_with_path(a)[0], jax.tree.leaves(b))
+    different = [jax.tree_util.keystr(path) for (path, x), y in leaves if x.tobytes() != y.tobytes()]
+    assert not different
+    assert any(np.any(x != y) for x, y in zip(*(jax.tree.leaves(t["params"]) for t in (a, state_of(resumed, SAVED)))))
+    rows, resumed_rows = (
+        [{k: v for k, v in row.items() if not k.endswith(TIMING)} for row in metrics_of(w)] for w in (straight, resumed)
+    )
+    assert rows == resumed_rows
+
+
+def assert_metrics_are_complete(workdir):
+    """One JSON object a line, each step once and in order, after an interruption too."""
+    rows = metrics_of(workdir)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    for row in rows:
+        assert {"loss", "grad_norm", "lr", "step_seconds"} < set(row)
+        assert all(np.isfinite(value) for value in row.values())
+
+
+@pytest.fixture(scope="module")
+def vae_config():
+    """One step on images, then steps on clips."""
+    config = tiny_config(
+        "vae.data.path=world", "vae.optim.optimizer=muon", f"vae.train.steps={STEPS}", "vae.train.log_every=1",
+        *[f"vae.checkpoint.{setting}" for setting in KEEPING], "vae.data.image_steps=1", "vae.data.image_batch=8",
+    )  # fmt: skip
+    return config.vae.copy_and_resolve_references()
+
+
+@pytest.fixture(scope="module")
+def vae_run(tmp_path_factory, vae_config):
+    workdir = str(tmp_path_factory.mktemp("vae") / "straight")
+    train(vae_config, workdir)
+    return workdir
+
+
+def test_an_interrupted_vae_run_resumes_bit_identical(vae_run, vae_config, tmp_path, monkeypatch):
+    workdir = str(tmp_path / "resumed")
+    interrupt(workdir, vae_config, monkeypatch)
+    train(vae_config, workdir)
+    assert_same_run(vae_run, workdir)
+    assert_metrics_are_complete(workdir)
+    statistics = state_of(workdir)["ema_params"]
+    assert np.all(statistics["latents_std"] != 1) and np.all(statistics["latents_mean"] != 0)  # measured at the end
+
+
+def test_an_interrupted_dit_run_resumes_bit_identical(vae_run, tmp_path, monkeypatch):
+    keeping = [f"checkpoint.{setting}" for setting in KEEPING]
+    config = tiny_config(f"vae.path={vae_run}", f"train.steps={STEPS}", "train.log_every=1", *keeping)
+    straight, workdir = str(tmp_path / "straight"), str(tmp_path / "resumed")
+    train(config, straight)
+    interrupt(workdir, config, monkeypatch)
+    train(config, workdir)
+    assert_same_run(straight, workdir)
+    assert_metrics_are_complete(workdir)
+
+
+def test_a_finished_run_is_left_alone(vae_run, vae_config, capsys):
+    before = metrics_of(vae_run)
+    train(vae_config, vae_run)
+    assert f"already at step {STEPS} of {STEPS}" in capsys.readouterr().out
+    assert metrics_of(vae_run) == before
+
+
+def test_accumulated_micro_batches_are_the_whole_batch():
+    """Micro-batches weigh what they hold to predict: here from nothing to everything."""
+
+    def loss(params, batch, key):
+        error = jnp.square(batch["x"] @ params["kernel"] - batch["y"]) * batch["weight"]
+        return dict(loss=(jnp.sum(error), jnp.sum(batch["weight"])))
+
+    rng = np.random.default_rng(0)
+    weight = np.array([0, 0, 1, 0, 5, 2, 1, 1], np.float32)
+    batch = dict(x=rng.standard_normal((8, 3)), y=rng.standard_normal(8), weight=weight)
+    batch = jax.tree.map(np.float32, batch)
+    tx = make_tx(OptimConfig(lr=0.1, warmup_steps=0), 10)
+
+    def run(accumulate):
+        params = dict(kernel=jnp.zeros(3))
+        state = TrainState(jnp.int32(0), params, params, tx.init(params), jax.random.key_data(jax.random.key(0)))
+        step = jax.jit(make_step(types.SimpleNamespace(loss=loss), tx, 0.9, accumulate))
+        for _ in range(3):
+            state, sums = step(state, batch)
+        return state, sums
+
+    whole = run(1)
+    assert np.abs(whole[0].params["kernel"]).max() > 0.1
+    for accumulate in (2, 4):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), run(accumulate), whole)
