@@ -88,7 +88,8 @@ def make_step(objective, tx, ema_decay: float, accumulate: int):
         if accumulate == 1:
             grads, sums = grad_fn(state.params, batch, key)
         else:
-            parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+            # Each device cuts up its own rows: a micro-batch of neighbouring rows would sit on some devices alone.
+            parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), batch)
             keys = jax.random.split(key, accumulate)
 
             def add(total, part):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import time
 import types
 
@@ -13,7 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 from conftest import tiny_config
 
-from sorax import objectives
+from sorax import objectives, sharding
 from sorax.checkpoint import ITEMS
 from sorax.optim import OptimConfig, make_tx
 from sorax.train import TrainState, make_step, train
@@ -129,28 +130,43 @@ def test_a_finished_run_is_left_alone(vae_run, vae_config, capsys):
     assert metrics_of(vae_run) == before
 
 
-def test_accumulated_micro_batches_are_the_whole_batch():
-    """Micro-batches weigh what they hold to predict: here from nothing to everything."""
+def weighted_regression(params, batch, key):
+    error = jnp.square(batch["x"] @ params["kernel"] - batch["y"]) * batch["weight"]
+    return dict(loss=(jnp.sum(error), jnp.sum(batch["weight"])))
 
-    def loss(params, batch, key):
-        error = jnp.square(batch["x"] @ params["kernel"] - batch["y"]) * batch["weight"]
-        return dict(loss=(jnp.sum(error), jnp.sum(batch["weight"])))
 
+def regression(accumulate, batch_size=8):
+    """Training step, first state and batch of a linear regression; weights from nothing to everything to predict."""
     rng = np.random.default_rng(0)
-    weight = np.array([0, 0, 1, 0, 5, 2, 1, 1], np.float32)
-    batch = dict(x=rng.standard_normal((8, 3)), y=rng.standard_normal(8), weight=weight)
-    batch = jax.tree.map(np.float32, batch)
-    tx = make_tx(OptimConfig(lr=0.1, warmup_steps=0), 10)
+    weight = np.resize([0, 0, 1, 0, 5, 2, 1, 1], batch_size)
+    batch = dict(x=rng.standard_normal((batch_size, 3)), y=rng.standard_normal(batch_size), weight=weight)
+    tx, params = make_tx(OptimConfig(lr=0.1, warmup_steps=0), 10), dict(kernel=jnp.zeros(3))
+    state = TrainState(jnp.int32(0), params, params, tx.init(params), jax.random.key_data(jax.random.key(0)))
+    step = make_step(types.SimpleNamespace(loss=weighted_regression), tx, 0.9, accumulate)
+    return step, state, jax.tree.map(np.float32, batch)
+
+
+def test_accumulated_micro_batches_are_the_whole_batch():
+    """Micro-batches weigh what they hold to predict."""
 
     def run(accumulate):
-        params = dict(kernel=jnp.zeros(3))
-        state = TrainState(jnp.int32(0), params, params, tx.init(params), jax.random.key_data(jax.random.key(0)))
-        step = jax.jit(make_step(types.SimpleNamespace(loss=loss), tx, 0.9, accumulate))
+        step, state, batch = regression(accumulate)
         for _ in range(3):
-            state, sums = step(state, batch)
+            state, sums = jax.jit(step)(state, batch)
         return state, sums
 
     whole = run(1)
     assert np.abs(whole[0].params["kernel"]).max() > 0.1
     for accumulate in (2, 4):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), run(accumulate), whole)
+
+
+def test_micro_batches_stay_on_their_devices():
+    """Rows are not moved between devices: all that is exchanged is the gradient."""
+    mesh = sharding.make_mesh(data=8)
+    step, state, batch = regression(accumulate=2, batch_size=16)
+    places = sharding.shardings_for(state, mesh)
+    program = jax.jit(step, in_shardings=(places, sharding.batch_sharding(mesh)), out_shardings=(places, None))
+    text = program.lower(state, batch).compile().as_text()
+    assert "all-reduce" in text
+    assert not re.findall("all-gather|all-to-all|collective-permute", text)
