@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from random_params import assert_close, random_params
 
-from data_pipelines.text_tokens import ByteTokenizer
+from data_pipelines.text_tokens import ByteTokenizer, clean
 from sorax.attention import attention
 from sorax.text import (
     EOS_ID,
@@ -144,3 +144,13 @@ def test_captions_are_dropped_whole_and_as_often_as_asked():
             is_dropped = np.all(some[:, here] == empty, axis=1)
             assert np.all(is_dropped | np.all(some[:, here] == original, axis=1))
             assert 0.2 - 4 * 0.018 < is_dropped.mean() < 0.2 + 4 * 0.018  # 500 draws: a standard deviation of 0.018
+
+
+def test_captions_are_cleaned_as_wan_cleans_them():
+    """Mojibake, entities (escaped twice, too) and white space; what is clean stays, in any script."""
+    assert clean("  a red\n\tcircle ") == "a red circle"
+    assert clean("dÃ©jÃ\xa0 vu &amp;amp; &quot;more&quot;") == 'déjà vu & "more"'
+    for caption in ("a red circle", "красный круг", "赤い円", ""):
+        assert clean(caption) == caption
+        tokenizer = ByteTokenizer()
+        assert tokenizer.decode(tokenizer.encode(f" {caption}\n")) == caption
