@@ -15,7 +15,7 @@ from data_pipelines.loader import RowSource, make_clip_loader, make_loader
 from data_pipelines.packing import token_costs
 from data_pipelines.sources import open_source
 from sorax import config as config_lib
-from sorax import flow, flops, functional, media, sharding
+from sorax import flops, flow, functional, media, sharding
 from sorax.dit import DiT, DiTConfig
 from sorax.encode import Codec, encode_source, source_identity
 from sorax.errors import UserError
@@ -194,9 +194,10 @@ def vae_objective(config, workdir: str, mesh) -> Objective:
         yield from make_clip_loader(source, batch_size=data.batch, crop=data.crop,
                                     start_step=max(step, data.image_steps), **options)  # fmt: skip
 
+    order = (data.batch, data.crop, data.image_steps, data.image_batch, settings.seed)
     return Objective(
         name="VAE",
-        identity=source_identity(source, repr((data.batch, data.crop, data.image_steps, data.image_batch, settings.seed))),
+        identity=source_identity(source, repr(order)),
         init=lambda key: functional.init(VAE, model, key),
         loss=loss,
         batches=batches,
@@ -218,7 +219,7 @@ def write_samples(folder, step, videos, captions):
 
 
 def prepare_vae(config, workdir: str):
-    """The VAE that a DiT experiment asks for, trained first if its section describes one: (config, params, identity)."""
+    """(config, params, identity) of the VAE that a DiT experiment asks for; trained first if it is not there."""
     from sorax.train import train
 
     folder = vae_folder(config, workdir)
@@ -257,7 +258,8 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
     source = open_source(config.data, **grid)
     examples = encode_source(codec, source, os.path.join(latent_folder, "train.npz"), vae_identity)
     held_out = held_out_source(config.data, num_samples=data.val_samples, **grid)
-    val_examples = encode_source(codec, held_out, os.path.join(latent_folder, "val.npz"), vae_identity, title="encode val")
+    val_cache = os.path.join(latent_folder, "val.npz")
+    val_examples = encode_source(codec, held_out, val_cache, vae_identity, title="encode val")
     ranks = mesh.shape["data"] * mesh.shape["fsdp"]
     cost_a, cost_b = token_costs(model.width, model.ffn_dim)
     row_options = dict(row_tokens=data.row_tokens, row_text=data.row_text, max_segments=data.max_segments,

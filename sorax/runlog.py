@@ -20,7 +20,7 @@ class RunLog:
     def __init__(self, workdir: str, start_step: int = 0):
         self.path = os.path.join(workdir, "metrics.jsonl")
         self._keep_until(start_step)
-        self._file = open(self.path, "a", buffering=1)
+        self._file = open(self.path, "a", buffering=1)  # noqa: SIM115 (open as long as the run)
         self._board = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=start_step + 1)
 
     def _keep_until(self, step):
@@ -49,7 +49,7 @@ class RunLog:
 
     def video(self, step: int, name: str, video: np.ndarray, fps: float):
         """A video uint8 `[T, H, W, 3]` for TensorBoard, which plays animated GIFs as images."""
-        T, H, W, _ = video.shape
+        _, H, W, _ = video.shape
         image = Summary.Image(height=H, width=W, colorspace=3, encoded_image_string=gif_bytes(video, fps))
         summary = Summary(value=[Summary.Value(tag=name, image=image)])
         self._board.file_writer.add_summary(summary, step)

@@ -56,8 +56,9 @@ class Run:
         settings = self.config.eval
         sample = dict(prompt="a red circle moving right", height=height, width=width, num_frames=frames, fps=fps,
                       num_steps=settings.num_steps, guidance_scale=settings.guidance_scale)  # fmt: skip
-        return dict(name=os.path.basename(os.path.abspath(self.workdir)), step=self.step, weights=weights,
-                    config=self.config.to_dict(), data=f"data.path = {self.config.data.path!r}", sample=sample)  # fmt: skip
+        name, data = os.path.basename(os.path.abspath(self.workdir)), f"data.path = {self.config.data.path!r}"
+        config = self.config.to_dict()
+        return dict(name=name, step=self.step, weights=weights, config=config, data=data, sample=sample)
 
 
 def load_run(workdir: str, weights: str = "ema") -> Run:
@@ -68,8 +69,8 @@ def load_run(workdir: str, weights: str = "ema") -> Run:
     """
     config = config_lib.read_config(workdir)
     if config.kind != "dit":
-        raise UserError(f"{workdir!r} is the run of a {config.kind}, not of a text-to-video model: name the folder of a "
-                        "DiT experiment")  # fmt: skip
+        raise UserError(f"{workdir!r} is the run of a {config.kind}, not of a text-to-video model: name the folder of "
+                        "a DiT experiment")  # fmt: skip
     vae_config, vae_params, _ = load_vae(vae_folder(config, workdir))
     dit_config = config_lib.build(DiTConfig, config.model, "model")
     text_config = config_lib.build(TextConfig, config.text, "text")

@@ -156,7 +156,7 @@ def train(config, workdir: str, *, title: str | None = None):
         items, info = checkpoints.restore(_items(abstract), step)
         if info["data"] != objective.identity:
             raise UserError(f"the data of {workdir!r} has changed since step {step} ({info['data']} then, "
-                            f"{objective.identity} now): put it back as it was, or train in another workdir")  # fmt: skip
+                            f"{objective.identity} now): put it back, or train in another workdir")  # fmt: skip
         state = _state(items, step)
     else:
         state = jax.jit(init, out_shardings=shardings)(key)

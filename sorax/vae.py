@@ -56,7 +56,7 @@ class VAEConfig:
 
 
 def conv_causal(x, kernel):
-    """3-D convolution over `[B, T, H, W, C]`, zero-padded: causal in time, SAME in space; kernel `[kt, kh, kw, C, C_out]`.
+    """3-D convolution of x `[B, T, H, W, C]` by kernel `[kt, kh, kw, C, C_out]`: causal in time, SAME in space.
 
     XLA's CPU backend runs a 3-D convolution several times slower than the 2-D convolutions of its time taps, so
     there it is a sum of those, none of which reads padding; accelerators take it whole (`experiments/bench/conv.py`).
