@@ -20,8 +20,8 @@ def get_vae():
     )  # fmt: skip
     config.loss = dict(l1=0.0, l2=1.0, kl=1e-6)
     config.data = dict(
-        path="", fps=8.0, max_frames=9, max_tokens=96, batch=4, crop=(9, 48, 48), image_steps=400, image_batch=16
-    )
+        path="", fps=8.0, max_frames=9, max_tokens=2560, batch=4, crop=(9, 48, 48), image_steps=400, image_batch=16,
+    )  # fmt: skip
     config.optim = dict(optimizer="muon", lr=2e-2, warmup_steps=20, final_lr=0.02, b2=0.99, ema_decay=0.98)
     config.train = dict(steps=600, seed=0, log_every=20)
     config.checkpoint = dict(every=300, keep=1)
@@ -43,7 +43,7 @@ def get_config():
         sigma_mean=0.0, sigma_std=1.0, train_shift=1.0, sample_shift=3.0, caption_dropout=0.1,
         given=(0.8, 0.1, 0.02, 0.04, 0.04),
     )  # fmt: skip
-    # max_tokens counts patches of 16 x 16 pixels and 2 frames.
+    # max_tokens counts patches of 16 x 16 pixels and 2 frames here, of 4 x 4 for the VAE: the same sizes.
     config.data = dict(
         path="", fps=8.0, max_frames=9, max_tokens=160, batch=4, row_tokens=512, row_text=640, max_segments=8,
         val_samples=64,
