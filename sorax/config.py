@@ -16,7 +16,7 @@ from sorax.errors import UserError
 
 CONFIG_FILE = "config.json"
 # What may change when a run is continued: how long, how often, where to; never what is learned from what.
-MAY_CHANGE = ("train.steps", "train.log_every", "train.profile", "checkpoint", "eval", "mesh")
+MAY_CHANGE = ("train.steps", "train.log_every", "checkpoint", "eval", "mesh")
 
 
 def load_config(path: str, overrides=()) -> ml_collections.ConfigDict:
