@@ -198,8 +198,8 @@ def _config(cls, path, fields, fixed, **derived):
 
 
 @dataclasses.dataclass(frozen=True)
-class Pipeline:
-    """What a WanPipeline folder holds: three configs, their parameters (float32 numpy in nested dicts), its sampler."""
+class Networks:
+    """The three networks of a text-to-video model: each one's config and parameters (nested dict of arrays)."""
 
     vae_config: VAEConfig
     vae: dict
@@ -207,6 +207,12 @@ class Pipeline:
     dit: dict
     text_config: TextConfig
     text: dict
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline(Networks):
+    """What a WanPipeline folder holds: networks (parameters float32 numpy) and how it samples."""
+
     scheduler: dict  # scheduler_config.json
     expand_timesteps: bool  # a timestep per token, with given frames at 0 (Wan 2.2 TI2V)
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from sorax import convert
+from sorax.convert import Networks
 from sorax.dit import DiTConfig
 from sorax.errors import UserError
 from sorax.sharding import path_string
@@ -29,18 +30,6 @@ from sorax.vae import VAEConfig
 DTYPES = {"f32": np.dtype(np.float32), "bf16": np.dtype(ml_dtypes.bfloat16)}
 MAX_SHARD_BYTES = 5 * 10**9
 DIFFUSERS_VERSION = "0.35.0"  # the oldest that the folder is meant for
-
-
-@dataclasses.dataclass(frozen=True)
-class Networks:
-    """What is exported: each network's config and parameters (nested dict of arrays)."""
-
-    vae_config: VAEConfig
-    vae: dict
-    dit_config: DiTConfig
-    dit: dict
-    text_config: TextConfig
-    text: dict
 
 
 def export_diffusers(

@@ -12,10 +12,10 @@ from data_pipelines.sources import open_source
 from sorax import config as config_lib
 from sorax import functional
 from sorax.checkpoint import Checkpoints
+from sorax.convert import Networks
 from sorax.dit import DiT, DiTConfig
 from sorax.encode import Codec
 from sorax.errors import UserError
-from sorax.export import Networks
 from sorax.generate import Generator
 from sorax.text import TextConfig, TextEncoder
 from sorax.vae import VAE, VAEConfig
