@@ -12,7 +12,8 @@ import numpy as np
 from data_pipelines.world_physics import extents
 from data_pipelines.world_scene import Body, Scene
 
-_LONGEST = 511  # bytes, of the 512 text slots less the end mark: the order of events is left out where it would not fit
+# Bytes: of 512 text slots one is the end mark and one a leading space. The order of events is left out over that.
+_LONGEST = 510
 _COUNTS = {1: "One object", 2: "Two objects", 3: "Three objects"}
 _SPEED = {"slow": "slowly", "medium": "at medium speed", "fast": "fast"}
 

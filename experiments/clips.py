@@ -38,7 +38,7 @@ def get_config():
         in_channels=8, out_channels=8, patch_size=(1, 4, 4), num_layers=4, num_heads=2, head_dim=64, ffn_dim=512,
         text_dim=64, freq_dim=256,
     )  # fmt: skip
-    config.text = dict(vocab_size=384, width=64, num_layers=2, num_heads=2, head_dim=32, ffn_dim=128)
+    config.text = dict(vocab_size=512, width=64, num_layers=2, num_heads=2, head_dim=32, ffn_dim=128)
     config.flow = dict(
         sigma_mean=0.0, sigma_std=1.0, train_shift=1.0, sample_shift=3.0, caption_dropout=0.1,
         given=(0.8, 0.1, 0.02, 0.04, 0.04),

@@ -179,7 +179,8 @@ def _export(workdir, out, form, dtype, weights):
 
     run = load_run(workdir, weights)
     write = {"diffusers": export.export_diffusers, "safetensors": export.export_safetensors}[form]
-    write(run.networks, out, shift=run.config.flow.sample_shift, dtype=dtype, metadata=run.metadata(weights))
+    write(run.networks, run.tokenizer, out, shift=run.config.flow.sample_shift, dtype=dtype,
+          metadata=run.metadata(weights))  # fmt: skip
 
 
 if __name__ == "__main__":

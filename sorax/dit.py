@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sorax.attention import attention
+from sorax.linear import Linear
 
 REMAT = ("none", "full", "dots")
 
@@ -95,7 +96,7 @@ def timestep_features(timestep, dim: int):
 
 def linear(n_in, n_out, rngs, std=None):
     init = nnx.initializers.xavier_uniform() if std is None else nnx.initializers.normal(std)
-    return nnx.Linear(n_in, n_out, kernel_init=init, rngs=rngs)
+    return Linear(n_in, n_out, kernel_init=init, rngs=rngs)
 
 
 class Attention(nnx.Module):
@@ -172,7 +173,7 @@ class DiT(nnx.Module):
         self.modulation = nnx.Param(jax.random.normal(rngs.params(), (2, D)) * D**-0.5)
         patch_out = config.patch_dim // config.in_channels * config.out_channels
         # Zero at the start: the untrained network predicts no velocity, as in DiT.
-        self.proj_out = nnx.Linear(D, patch_out, kernel_init=nnx.initializers.zeros, rngs=rngs)
+        self.proj_out = Linear(D, patch_out, kernel_init=nnx.initializers.zeros, rngs=rngs)
 
     def __call__(
         self, tokens, positions, segment_ids, levels, level_index, text, text_segment_ids, text_bias,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from data_pipelines.text_tokens import ByteTokenizer
+from data_pipelines.text_tokens import Tokenizer
 from sorax import functional
 from sorax.errors import UserError
 from sorax.runlog import Progress
@@ -62,10 +62,9 @@ class Codec:
 class LatentExamples:
     """Latents and caption tokens of a data set in memory: what `data_pipelines.loader.RowSource` reads."""
 
-    def __init__(self, latents, captions, keys, shapes, fps):
-        self.latents, self.captions, self.keys, self.video_shapes, self.fps = latents, captions, keys, shapes, fps
-        tokenizer = ByteTokenizer()
-        self._tokens = [tokenizer.encode(caption, key) for caption, key in zip(captions, keys)]
+    def __init__(self, latents, tokens, captions, keys, shapes, fps):
+        self.latents, self.tokens, self.captions, self.keys = latents, tokens, captions, keys
+        self.video_shapes, self.fps = shapes, fps
 
     def __len__(self):
         return len(self.latents)
@@ -77,10 +76,10 @@ class LatentExamples:
         return self.latents[i].shape[:3]
 
     def text_length(self, i):
-        return len(self._tokens[i])
+        return len(self.tokens[i])
 
     def __getitem__(self, i):
-        return dict(latents=self.latents[i], text_tokens=self._tokens[i])
+        return dict(latents=self.latents[i], text_tokens=self.tokens[i])
 
 
 def source_identity(source, extra: str = "") -> str:
@@ -91,19 +90,22 @@ def source_identity(source, extra: str = "") -> str:
     return digest.hexdigest()[:16]
 
 
-def encode_source(codec: Codec, source, cache: str, vae_identity: str, *, title: str = "encode") -> LatentExamples:
-    """Latents of every sample of a source, made once and kept in the file `cache` (npz).
+def encode_source(
+    codec: Codec, source, tokenizer: Tokenizer, cache: str, vae_identity: str, *, title: str = "encode"
+) -> LatentExamples:
+    """Latents and caption tokens of every sample of a source; latents are made once and kept in the file `cache` (npz).
 
     Args:
         cache: path; read if it holds the latents of this very source and VAE.
         vae_identity: what the latents depend on besides the source.
 
     Raises:
-        UserError: a sample cannot be read, or the file cannot be written.
+        UserError: a sample cannot be read, its caption is too long, or the file cannot be written.
     """
     identity = source_identity(source, vae_identity)
     specs = [source.spec(i) for i in range(len(source))]
     captions, keys = [s.caption for s in specs], [s.key for s in specs]
+    tokens = [tokenizer.encode(s.caption, s.key) for s in specs]
     shapes, fps = [(s.num_frames, s.height, s.width) for s in specs], [s.fps for s in specs]
     latents = _read_cache(cache, identity, [codec.config.latent_shape(*shape) for shape in shapes])
     if latents is None:
@@ -126,7 +128,7 @@ def encode_source(codec: Codec, source, cache: str, vae_identity: str, *, title:
             os.replace(cache + ".partial", cache)
         except OSError as error:
             raise UserError(f"latents could not be written to {cache!r}: {error}") from error
-    return LatentExamples(latents, captions, keys, shapes, fps)
+    return LatentExamples(latents, tokens, captions, keys, shapes, fps)
 
 
 def _read_cache(cache, identity, shapes):

@@ -19,12 +19,13 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from data_pipelines.text_tokens import MARKS, MAX_TOKENS, Tokenizer
 from sorax import convert
 from sorax.convert import Networks
 from sorax.dit import DiTConfig
 from sorax.errors import UserError
 from sorax.sharding import path_string
-from sorax.text import MAX_SLOTS, TextConfig
+from sorax.text import TextConfig
 from sorax.vae import VAEConfig
 
 DTYPES = {"f32": np.dtype(np.float32), "bf16": np.dtype(ml_dtypes.bfloat16)}
@@ -33,15 +34,16 @@ DIFFUSERS_VERSION = "0.35.0"  # the oldest that the folder is meant for
 
 
 def export_diffusers(
-    networks: Networks, out_dir, *, shift: float, dtype: str = "f32", metadata: dict | None = None,
-    expand_timesteps: bool = False, max_shard_bytes: int = MAX_SHARD_BYTES,
+    networks: Networks, tokenizer: Tokenizer, out_dir, *, shift: float, dtype: str = "f32",
+    metadata: dict | None = None, expand_timesteps: bool = False, max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> pathlib.Path:  # fmt: skip
     """Writes a folder that `diffusers.WanPipeline.from_pretrained` loads.
 
     Holds one network's largest stacked parameter and one shard of weights in memory beyond the parameters.
 
     Args:
-        networks: configs and parameters; captions are taken to be byte tokens (ByT5).
+        networks: configs and parameters.
+        tokenizer: of the captions that the text encoder reads.
         out_dir: a new or empty folder.
         shift: of the sampling schedule.
         dtype: "f32" or "bf16", of the weights.
@@ -75,6 +77,7 @@ def export_diffusers(
                 networks.text, text_json(networks.text_config), dtype, max_shard_bytes,
             ),
         }  # fmt: skip
+        tokenizer.save(folder / "tokenizer")
         _write_json(folder / "tokenizer" / "tokenizer_config.json", tokenizer_json())
         _write_json(folder / "scheduler" / "scheduler_config.json", scheduler_json(shift))
         _write_json(folder / "model_index.json", index_json(networks.text_config, expand_timesteps))
@@ -84,11 +87,12 @@ def export_diffusers(
 
 
 def export_safetensors(
-    networks: Networks, out_dir, *, shift: float, dtype: str = "f32", metadata: dict | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    networks: Networks, tokenizer: Tokenizer, out_dir, *, shift: float, dtype: str = "f32",
+    metadata: dict | None = None, max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> pathlib.Path:  # fmt: skip
     """Writes our own parameter names (paths with slashes, layers stacked): vae/, dit/, text/, each with config.json.
 
+    The tokenizer is beside them, in tokenizer.json.
     Arguments, result and errors as `export_diffusers`.
     """
     metadata, tensors = dict(metadata or {}), {}
@@ -98,6 +102,7 @@ def export_safetensors(
             names = [convert.Name(path, path) for path in sorted(_leaves(params))]
             settings = dataclasses.asdict(config)
             tensors[part] = _write_model(folder / part, part, names, params, settings, dtype, max_shard_bytes)
+        tokenizer.save(folder)
         _write_json(folder / "config.json", {"format": "sorax", "shift": shift, "code_version": code_version()})
         _write_provenance(folder, metadata, "safetensors", dtype, tensors)
         (folder / "README.md").write_text(model_card(networks, metadata, "safetensors", dtype, out_dir))
@@ -163,10 +168,13 @@ def text_json(config: TextConfig) -> dict:
 
 
 def tokenizer_json() -> dict:
-    """tokenizer_config.json of `ByT5Tokenizer`, which needs no other file."""
+    """tokenizer_config.json of `PreTrainedTokenizerFast`, which reads tokenizer.json beside it."""
+    pad, eos, unk = MARKS
     return {
-        "tokenizer_class": "ByT5Tokenizer", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>",
-        "extra_ids": 125, "model_max_length": MAX_SLOTS,
+        "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": pad, "eos_token": eos, "unk_token": unk,
+        "model_max_length": MAX_TOKENS, "padding_side": "right", "clean_up_tokenization_spaces": False,
+        # transformers 4 would else switch it off in the tokenizer.json it reads.
+        "add_prefix_space": True,
         # A caption that spells "</s>" is a caption, not an instruction to the tokenizer.
         "split_special_tokens": True,
     }  # fmt: skip
@@ -187,7 +195,7 @@ def index_json(text_config: TextConfig, expand_timesteps: bool) -> dict:
         "boundary_ratio": None, "expand_timesteps": expand_timesteps,
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
         "text_encoder": ["transformers", _text_class(text_config)],
-        "tokenizer": ["transformers", "ByT5Tokenizer"],
+        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
         "transformer": ["diffusers", "WanTransformer3DModel"], "transformer_2": [None, None],
         "vae": ["diffusers", "AutoencoderKLWan"],
     }  # fmt: skip
@@ -240,7 +248,7 @@ export_to_video(frames, "out.mp4", fps={fps})
 ```"""
 
 RUN_SAFETENSORS = """The tensors carry sorax's own parameter paths (layers stacked, channels last): one folder a
-network, with its hyper-parameters in `config.json`."""
+network, with its hyper-parameters in `config.json`, and `tokenizer.json` for the captions."""
 
 SAMPLE = dict(
     prompt="a red circle moving right", height=64, width=64, num_frames=17, fps=8, num_steps=50, guidance_scale=5.0

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from data_pipelines.loader import RowSource
-from data_pipelines.text_tokens import ByteTokenizer
+from data_pipelines.text_tokens import Tokenizer
 from sorax import functional
 from sorax.dit import DiT, DiTConfig
 from sorax.encode import Codec
@@ -65,10 +65,11 @@ class _RequestExamples:
 
 
 class Generator:
-    """Text-to-video sampling with a DiT, its text encoder and a VAE codec."""
+    """Text-to-video sampling with a DiT, its text encoder and tokenizer, and a VAE codec."""
 
-    def __init__(self, dit_config: DiTConfig, dit, text_config: TextConfig, text, codec: Codec):
-        self.dit_config, self.codec, self.params = dit_config, codec, dict(dit=dit, text=text)
+    def __init__(self, dit_config: DiTConfig, dit, text_config: TextConfig, text, tokenizer: Tokenizer, codec: Codec):
+        self.dit_config, self.tokenizer, self.codec = dit_config, tokenizer, codec
+        self.params = dict(dit=dit, text=text)
         self.dit_graph, _ = functional.abstract(DiT, dit_config)
         self.text_graph, _ = functional.abstract(TextEncoder, text_config)
         self._sample = jax.jit(self._sample_rows, static_argnames=("num_samples", "guided"))
@@ -96,9 +97,8 @@ class Generator:
         if not requests:
             return []
         noises = [self._noise(request) for request in requests]
-        tokenizer = ByteTokenizer()
-        prompts = [tokenizer.encode(r.prompt, "the prompt") for r in requests]
-        negatives = [tokenizer.encode(r.negative_prompt, "the negative prompt") for r in requests]
+        prompts = [self.tokenizer.encode(r.prompt, "the prompt") for r in requests]
+        negatives = [self.tokenizer.encode(r.negative_prompt, "the negative prompt") for r in requests]
         guided = guidance_scale != 1.0
         lengths = [max(len(p), len(n) if guided else 0) for p, n in zip(prompts, negatives)]
         rows, negative_rows = (self._rows(noises, tokens, lengths) for tokens in (prompts, negatives))

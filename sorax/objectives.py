@@ -14,6 +14,7 @@ from flax import nnx
 from data_pipelines.loader import RowSource, make_clip_loader, make_loader
 from data_pipelines.packing import token_costs
 from data_pipelines.sources import open_source
+from data_pipelines.text_tokens import TOKENIZER_FILE, Tokenizer
 from sorax import config as config_lib
 from sorax import flops, flow, functional, media, sharding
 from sorax.dit import DiT, DiTConfig
@@ -27,6 +28,7 @@ from sorax.vae import VAE, VAEConfig
 
 VALIDATION_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 SIGMA_BINS = 4
+MAX_CAPTIONS = 100_000  # that a tokenizer is trained on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,6 +233,19 @@ def prepare_vae(config, workdir: str):
     return load_vae(folder)
 
 
+def prepare_tokenizer(source, vocab_size: int, workdir: str) -> Tokenizer:
+    """The tokenizer of a run folder, of at most vocab_size tokens; trained on the source's captions if none is there.
+
+    Raises UserError where the file is broken or has more tokens, or where vocab_size is too small to train one.
+    """
+    if os.path.exists(os.path.join(workdir, TOKENIZER_FILE)):
+        return Tokenizer.load(workdir, vocab_size)
+    indices = np.linspace(0, len(source) - 1, min(MAX_CAPTIONS, len(source))).astype(int).tolist()
+    tokenizer = Tokenizer.train((source.spec(i).caption for i in indices), vocab_size)
+    tokenizer.save(workdir)
+    return tokenizer
+
+
 def dit_objective(config, workdir: str, mesh) -> Objective:
     """Rectified flow over packed latent rows, with the text encoder trained along."""
     from sorax.train import TrainConfig, compute_dtype
@@ -256,10 +271,11 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
                 temporal_stride=vae_config.temporal_stride)  # fmt: skip
     latent_folder = os.path.join(workdir, "latents")
     source = open_source(config.data, **grid)
-    examples = encode_source(codec, source, os.path.join(latent_folder, "train.npz"), vae_identity)
+    tokenizer = prepare_tokenizer(source, text_model.vocab_size, workdir)
+    examples = encode_source(codec, source, tokenizer, os.path.join(latent_folder, "train.npz"), vae_identity)
     held_out = held_out_source(config.data, num_samples=data.val_samples, **grid)
     val_cache = os.path.join(latent_folder, "val.npz")
-    val_examples = encode_source(codec, held_out, val_cache, vae_identity, title="encode val")
+    val_examples = encode_source(codec, held_out, tokenizer, val_cache, vae_identity, title="encode val")
     ranks = mesh.shape["data"] * mesh.shape["fsdp"]
     cost_a, cost_b = token_costs(model.width, model.ffn_dim)
     row_options = dict(row_tokens=data.row_tokens, row_text=data.row_text, max_segments=data.max_segments,
@@ -323,7 +339,7 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
             metrics[f"val_loss_sigma_{sigma:g}"] = float(total / count)
         metrics["val_loss"] = float(np.mean(list(metrics.values())))
         here = jax.device_get(params)
-        generator = Generator(model, here["dit"], text_model, here["text"], codec)
+        generator = Generator(model, here["dit"], text_model, here["text"], tokenizer, codec)
         some = range(min(evaluation.num_videos, len(val_examples)))
         requests = [Request(val_examples.captions[i], *val_examples.video_shapes[i], seed=i) for i in some]
         made = generator.videos(requests, num_steps=evaluation.num_steps, guidance_scale=evaluation.guidance_scale,
@@ -334,7 +350,7 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
 
     return Objective(
         name="DiT",
-        identity=f"{rows.identity}-{vae_identity}-{source_identity(source)}",
+        identity=f"{rows.identity}-{vae_identity}-{source_identity(source)}-{tokenizer.identity}",
         init=init,
         loss=loss,
         batches=lambda step: make_loader(rows, start_step=step, num_workers=data.workers, **_options()),

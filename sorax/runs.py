@@ -9,6 +9,7 @@ import jax
 from jax.sharding import SingleDeviceSharding
 
 from data_pipelines.sources import open_source
+from data_pipelines.text_tokens import Tokenizer
 from sorax import config as config_lib
 from sorax import functional
 from sorax.checkpoint import Checkpoints
@@ -25,12 +26,13 @@ WEIGHTS = {"ema": "ema_params", "raw": "params"}
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A trained text-to-video model: its folder, config and step, and the networks with their parameters."""
+    """A trained text-to-video model: its folder, config and step, its networks with their parameters, its tokenizer."""
 
     workdir: str
     config: object
     step: int
     networks: Networks
+    tokenizer: Tokenizer
 
     @property
     def codec(self) -> Codec:
@@ -39,7 +41,7 @@ class Run:
     def generator(self) -> Generator:
         """Sampler of this run's networks."""
         n = self.networks
-        return Generator(n.dit_config, n.dit, n.text_config, n.text, self.codec)
+        return Generator(n.dit_config, n.dit, n.text_config, n.text, self.tokenizer, self.codec)
 
     def usual_shape(self) -> tuple[int, int, int, float]:
         """(frames, height, width, fps) that the run saw most among its first validation samples."""
@@ -65,7 +67,8 @@ def load_run(workdir: str, weights: str = "ema") -> Run:
     """The latest checkpoint of a run that `sorax train` wrote.
 
     Raises:
-        UserError: no run there, none of the needed kind, no checkpoint yet, or of another architecture.
+        UserError: no run there, none of the needed kind, no checkpoint yet, or of another architecture; a tokenizer
+            that is missing, broken or too large.
     """
     config = config_lib.read_config(workdir)
     if config.kind != "dit":
@@ -74,11 +77,12 @@ def load_run(workdir: str, weights: str = "ema") -> Run:
     vae_config, vae_params, _ = load_vae(vae_folder(config, workdir))
     dit_config = config_lib.build(DiTConfig, config.model, "model")
     text_config = config_lib.build(TextConfig, config.text, "text")
+    tokenizer = Tokenizer.load(workdir, text_config.vocab_size)
     shapes = dict(dit=functional.abstract(DiT, dit_config)[1], text=functional.abstract(TextEncoder, text_config)[1])
     params, step = load_params(workdir, shapes, weights)
     networks = Networks(vae_config=vae_config, vae=vae_params, dit_config=dit_config, dit=params["dit"],
                         text_config=text_config, text=params["text"])  # fmt: skip
-    return Run(workdir, config, step, networks)
+    return Run(workdir, config, step, networks, tokenizer)
 
 
 def vae_folder(config, workdir: str) -> str:

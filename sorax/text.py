@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sorax.attention import attention
+from sorax.linear import Linear
 
-PAD_ID, EOS_ID = 0, 1  # as ByT5 and T5 have them
+PAD_ID, EOS_ID = 0, 1  # as T5 has them
 MAX_SLOTS = 512  # text slots of one caption, as in Wan: the unused ones are zeros, and are attended
 
 
@@ -20,7 +21,7 @@ MAX_SLOTS = 512  # text slots of one caption, as in Wan: the unused ones are zer
 class TextConfig:
     """Hyper-parameters of the text encoder; the names of transformers' `UMT5Config` stand in brackets."""
 
-    vocab_size: int = 384  # [vocab_size]; 384 is ByT5's byte vocabulary
+    vocab_size: int = 512  # [vocab_size]; the tokenizer's or more
     width: int = 512  # [d_model]
     num_layers: int = 8  # [num_layers]
     num_heads: int = 6  # [num_heads]
@@ -76,7 +77,7 @@ class Layer(nnx.Module):
         D, F, inner = config.width, config.ffn_dim, config.num_heads * config.head_dim
 
         def matrix(n_in, n_out, std):
-            return nnx.Linear(
+            return Linear(
                 n_in, n_out, use_bias=False, kernel_init=nnx.initializers.normal(std), rngs=rngs
             )
 

@@ -7,6 +7,7 @@ import shutil
 import pytest
 from video_files import numbered, write
 
+from data_pipelines.text_tokens import Tokenizer
 from sorax import checkpoint, cli
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -71,8 +72,8 @@ def test_a_missing_run_is_named(capsys, tmp_path):
 
 def test_a_prompt_that_is_too_long_is_refused(capsys, tiny_run, tmp_path):
     out = tmp_path / "x.gif"
-    line = fails(capsys, "sample", "--run", tiny_run, "--prompt", "red " * 200, "--out", out)
-    assert "511" in line and not out.exists()
+    line = fails(capsys, "sample", "--run", tiny_run, "--prompt", "red " * 600, "--out", out)
+    assert " tokens " in line and "at most 511" in line and not out.exists()
 
 
 def test_a_size_of_nothing_is_refused(capsys, tiny_run, tmp_path):
@@ -106,17 +107,45 @@ def test_a_checkpoint_of_another_architecture_is_named(capsys, tiny_run, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def continued(run, tmp_path):
+    """A config file that asks for one more step of a run."""
+    config = json.loads((run / "config.json").read_text())
+    config["train"]["steps"] += 1
+    again = tmp_path / "again.py"
+    again.write_text(f"from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({config!r})\n")
+    return again
+
+
+def test_a_run_does_not_go_on_with_another_tokenizer(tiny_run, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    Tokenizer.train(["an other caption"], 300).save(run)
+    line = fails(capsys, "train", "--config", continued(run, tmp_path), "--workdir", run)
+    assert "data" in line and "has changed" in line
+
+
+def test_a_spoilt_tokenizer_is_named(capsys, tiny_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    sample = ("sample", "--run", run, "--prompt", "x")
+    config = json.loads((run / "config.json").read_text())
+    config["text"]["vocab_size"] = 300
+    (run / "config.json").write_text(json.dumps(config))
+    line = fails(capsys, *sample)
+    assert "tokenizer.json has" in line and "text.vocab_size is 300" in line
+    (run / "tokenizer.json").write_text("{")
+    assert "tokenizer.json is no tokenizer" in fails(capsys, *sample)
+    (run / "tokenizer.json").unlink()
+    assert "tokenizer.json cannot be read" in fails(capsys, *sample)
+
+
 def test_a_full_disk_stops_before_writing(tiny_run, tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
     before = sorted(p.name for p in (run / "checkpoints").iterdir())
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage)
-    config = json.loads((run / "config.json").read_text())
-    again = tmp_path / "again.py"
-    again.write_text(f"from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({config!r})\n")
-    steps = config["train"]["steps"] + 1
-    line = fails(capsys, "train", "--config", again, "--workdir", run, f"--config.train.steps={steps}")
+    line = fails(capsys, "train", "--config", continued(run, tmp_path), "--workdir", run)
     assert "no space left" in line
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == before
 

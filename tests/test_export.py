@@ -12,14 +12,18 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from data_pipelines.text_tokens import Tokenizer
 from sorax import convert, export
 from sorax.dit import DiT, DiTConfig
+from sorax.encode import Codec
 from sorax.errors import UserError
 from sorax.functional import abstract, count
+from sorax.generate import Generator, Request
 from sorax.text import TextConfig, TextEncoder
 from sorax.vae import VAE, VAEConfig
 
 WAN = pathlib.Path(__file__).parent / "fixtures" / "wan"
+TOKENIZER = Tokenizer.train(["a red circle moving right", "two blue stars, both standing still"], 300)
 WEIGHTS = {
     "vae": "diffusion_pytorch_model.safetensors",
     "transformer": "diffusion_pytorch_model.safetensors",
@@ -75,7 +79,7 @@ def test_names_cover_every_parameter_of_full_size_models_once(name):
 
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 50_000])
 def test_export_then_read_is_exact(networks, tmp_path, max_shard_bytes):
-    out = export.export_diffusers(networks, tmp_path / "out", shift=3.0, max_shard_bytes=max_shard_bytes)
+    out = export.export_diffusers(networks, TOKENIZER, tmp_path / "out", shift=3.0, max_shard_bytes=max_shard_bytes)
     back = convert.read_diffusers(out)
     assert (out / "vae" / "diffusion_pytorch_model.safetensors.index.json").exists() == (max_shard_bytes < 10**9)
     for part in ("vae", "dit", "text"):
@@ -85,7 +89,7 @@ def test_export_then_read_is_exact(networks, tmp_path, max_shard_bytes):
 
 
 def test_exported_tensors_are_those_the_library_itself_wrote(networks, tmp_path):
-    out = export.export_diffusers(networks, tmp_path / "out", shift=3.0)
+    out = export.export_diffusers(networks, TOKENIZER, tmp_path / "out", shift=3.0)
     for part, file in WEIGHTS.items():
         ours, theirs = load_file(out / part / file), load_file(WAN / part / file)
         assert ours.keys() == theirs.keys()
@@ -99,7 +103,7 @@ def test_exported_tensors_are_those_the_library_itself_wrote(networks, tmp_path)
 
 
 def test_bf16_export_rounds_to_nearest(networks, tmp_path):
-    out = export.export_diffusers(networks, tmp_path / "out", shift=3.0, dtype="bf16")
+    out = export.export_diffusers(networks, TOKENIZER, tmp_path / "out", shift=3.0, dtype="bf16")
     with safe_open(out / "transformer" / WEIGHTS["transformer"], "np") as tensors:
         assert {tensors.get_slice(key).get_dtype() for key in tensors.keys()} == {"BF16"}  # noqa: SIM118
     rounded = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32), networks.dit)
@@ -112,14 +116,14 @@ def test_jax_arrays_export_as_numpy_arrays_do(networks, tmp_path):
         networks.dit_config, jax.tree.map(jax.numpy.asarray, networks.dit),
         networks.text_config, jax.tree.map(jax.numpy.asarray, networks.text),
     )  # fmt: skip
-    a = export.export_diffusers(networks, tmp_path / "a", shift=3.0)
-    b = export.export_diffusers(on_device, tmp_path / "b", shift=3.0)
+    a = export.export_diffusers(networks, TOKENIZER, tmp_path / "a", shift=3.0)
+    b = export.export_diffusers(on_device, TOKENIZER, tmp_path / "b", shift=3.0)
     assert (a / "provenance.json").read_bytes() == (b / "provenance.json").read_bytes()
 
 
 def test_provenance_has_the_hash_of_every_tensor(networks, tmp_path):
     metadata = {"step": 7, "config": {"optim": {"lr": 1e-4}}}
-    out = export.export_diffusers(networks, tmp_path / "out", shift=3.0, metadata=metadata)
+    out = export.export_diffusers(networks, TOKENIZER, tmp_path / "out", shift=3.0, metadata=metadata)
     record = json.loads((out / "provenance.json").read_text())
     assert record["step"] == 7 and record["config"] == metadata["config"] and record["code_version"]
     for part, file in WEIGHTS.items():
@@ -129,30 +133,36 @@ def test_provenance_has_the_hash_of_every_tensor(networks, tmp_path):
 
 def test_model_card_says_how_to_run_it(networks, tmp_path):
     metadata = {"step": 7, "license": "apache-2.0", "sample": {"prompt": 'a "{x}" circle', "fps": 6}}
-    out = export.export_diffusers(networks, tmp_path / "out", shift=3.0, metadata=metadata)
+    out = export.export_diffusers(networks, TOKENIZER, tmp_path / "out", shift=3.0, metadata=metadata)
     card = (out / "README.md").read_text()
     assert card.startswith("---\nlicense: apache-2.0\nlibrary_name: diffusers\n")
     assert "7 training steps" in card and '"a \\"{x}\\" circle"' in card and "fps=6" in card
 
 
 def test_own_format_keeps_names_and_values(networks, tmp_path):
-    out = export.export_safetensors(networks, tmp_path / "out", shift=3.0)
+    out = export.export_safetensors(networks, TOKENIZER, tmp_path / "out", shift=3.0)
     tensors = load_file(out / "dit" / "dit.safetensors")
     np.testing.assert_array_equal(tensors["blocks/mlp_in/kernel"], networks.dit["blocks"]["mlp_in"]["kernel"])
     assert json.loads((out / "dit" / "config.json").read_text())["num_heads"] == networks.dit_config.num_heads
+
+
+@pytest.mark.parametrize("write, place", [("export_diffusers", "tokenizer"), ("export_safetensors", ".")])
+def test_the_tokenizer_goes_along(networks, tmp_path, write, place):
+    out = getattr(export, write)(networks, TOKENIZER, tmp_path / "out", shift=3.0)
+    assert Tokenizer.load(out / place).identity == TOKENIZER.identity
 
 
 def test_export_refuses_a_folder_with_something_in_it(networks, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("x")
     with pytest.raises(UserError, match="not an empty folder"):
-        export.export_diffusers(networks, tmp_path / "out", shift=3.0)
+        export.export_diffusers(networks, TOKENIZER, tmp_path / "out", shift=3.0)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["precious"]
 
 
 def test_export_into_an_empty_folder_fills_it(networks, tmp_path):
     (tmp_path / "out").mkdir()
-    export.export_diffusers(networks, tmp_path / "out", shift=3.0)
+    export.export_diffusers(networks, TOKENIZER, tmp_path / "out", shift=3.0)
     assert [p.name for p in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / "model_index.json").exists()
 
 
@@ -164,7 +174,7 @@ def test_a_failed_export_leaves_nothing(networks, tmp_path, dtype, text):
         networks.vae_config, networks.vae, networks.dit_config, dit, networks.text_config, networks.text
     )
     with pytest.raises(UserError, match=text):
-        export.export_diffusers(bad, tmp_path / "out", shift=3.0, dtype=dtype)
+        export.export_diffusers(bad, TOKENIZER, tmp_path / "out", shift=3.0, dtype=dtype)
     assert not list(tmp_path.iterdir())
 
 
@@ -174,7 +184,7 @@ def test_export_refuses_what_diffusers_has_no_form_for(networks, tmp_path):
         config, networks.vae, networks.dit_config, networks.dit, networks.text_config, networks.text
     )
     with pytest.raises(UserError, match=r"temporal stride of 8.*--format safetensors"):
-        export.export_diffusers(other, tmp_path / "out", shift=3.0)
+        export.export_diffusers(other, TOKENIZER, tmp_path / "out", shift=3.0)
 
 
 def edit_tensors(folder, part, change):
@@ -254,14 +264,50 @@ def test_both_names_of_the_embedding_are_read(folder, networks):
     assert_trees_equal(convert.read_diffusers(folder).text, networks.text)
 
 
+CAPTIONS = (
+    "a red circle moving right", "A green squirrel, déjà vu", "красный круг 🔴 赤い円 👩‍👩‍👧", "", "</s>",
+    "a <pad></s>b <unk>", "  two  blue\tstars\n", "&quot;a&quot; &amp;amp; b", "red " * 30,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("caption", CAPTIONS)
+def test_the_exported_tokenizer_gives_our_ids(tokenizer_there, caption):
+    """Called as WanPipeline calls it, on what it has cleaned (needs the extra `parity`)."""
+    pipeline_wan = pytest.importorskip("diffusers.pipelines.wan.pipeline_wan")
+    batch = tokenizer_there(
+        [pipeline_wan.prompt_clean(caption)], padding="max_length", max_length=512, truncation=True,
+        add_special_tokens=True, return_attention_mask=True, return_tensors="np",
+    )  # fmt: skip
+    ids = TOKENIZER.encode(caption)
+    np.testing.assert_array_equal(batch.input_ids[0], np.pad(ids, (0, 512 - len(ids))))
+    assert batch.attention_mask.sum() == len(ids)
+    assert tokenizer_there.decode(ids, skip_special_tokens=True).strip() == TOKENIZER.decode(ids)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_there(networks, tmp_path_factory):
+    """The tokenizer of an exported folder, in transformers."""
+    transformers = pytest.importorskip("transformers")
+    out = export.export_diffusers(networks, TOKENIZER, tmp_path_factory.mktemp("tokenizer") / "out", shift=3.0)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out / "tokenizer")
+    assert len(tokenizer) == TOKENIZER.vocab_size and tokenizer.model_max_length == 512
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (0, 1, 2)
+    return tokenizer
+
+
 def test_the_exported_folder_runs_in_diffusers(networks, tmp_path):
-    """Prompt to pixels through WanPipeline, as in the reference (needs the extra `parity`)."""
+    """Prompt to latents through WanPipeline as in our sampler, to 1e-4 of the largest: float32 sums in another order
+    (needs the extra `parity`)."""
     diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
-    reference = np.load(WAN.parent / "reference.npz")
-    out = export.export_diffusers(networks, tmp_path / "out", shift=3.0)
+    out = export.export_diffusers(networks, TOKENIZER, tmp_path / "out", shift=3.0)
     pipe = diffusers.WanPipeline.from_pretrained(out)
-    latents = pipe(
-        "a red circle moving right", height=32, width=48, num_frames=5, num_inference_steps=4, guidance_scale=3.0,
-        latents=torch.tensor(reference["pipeline/noise"]), output_type="latent",
-    ).frames  # fmt: skip
-    np.testing.assert_allclose(latents.numpy(), reference["pipeline/latents"], atol=1e-4)
+    noise = np.random.default_rng(0).standard_normal((2, 4, 6, 4), np.float32)
+    prompt, shape, settings = "a red circle moving right </s>", (5, 32, 48), dict(guidance_scale=3.0)
+    theirs = pipe(
+        prompt, num_frames=5, height=32, width=48, num_inference_steps=4, **settings, output_type="latent",
+        latents=torch.from_numpy(np.moveaxis(noise, -1, 0)[None].copy()),
+    ).frames.numpy()[0]  # fmt: skip
+    n = networks
+    generator = Generator(n.dit_config, n.dit, n.text_config, n.text, TOKENIZER, Codec(n.vae_config, n.vae))
+    ours = generator.latents([Request(prompt, *shape, noise=noise)], num_steps=4, shift=3.0, **settings)[0]
+    np.testing.assert_allclose(ours, np.moveaxis(theirs, 0, -1), rtol=0, atol=1e-4 * np.abs(theirs).max())

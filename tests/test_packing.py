@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipelines.packing import plan_epoch, token_costs
-from data_pipelines.text_tokens import ByteTokenizer, clean
 from sorax.errors import UserError
 
 ROW_TOKENS, ROW_TEXT = 40, 24
@@ -152,21 +151,3 @@ def test_a_sample_larger_than_a_row_is_named_with_its_remedy():
         plan_of([(0, 3)])
     with pytest.raises(UserError, match="empty"):
         plan_epoch([], [], row_tokens=4, row_text=4, max_segments=4, seed=0, epoch=0)
-
-
-@settings(deadline=None, max_examples=100)
-@given(st.text(max_size=100))
-def test_byte_tokens_round_trip(caption):
-    tokenizer, cleaned = ByteTokenizer(), clean(caption)
-    ids = tokenizer.encode(caption)
-    assert ids.dtype == np.int32 and ids[-1] == 1 and len(ids) == len(cleaned.encode()) + 1
-    assert ids[:-1].min(initial=3) >= 3 and ids.max() < tokenizer.vocab_size
-    assert tokenizer.decode(ids) == tokenizer.decode(np.append(ids, [0, 0])) == cleaned
-
-
-def test_byte_tokens_are_those_of_byt5_and_too_many_are_refused():
-    tokenizer = ByteTokenizer()
-    np.testing.assert_array_equal(tokenizer.encode("hé"), [107, 198, 172, 1])
-    assert len(tokenizer.encode("x" * 511)) == 512
-    with pytest.raises(UserError, match=r"caption of clip_7\.mp4 has 512 bytes .*at most 511"):
-        tokenizer.encode("x" * 512, key="clip_7.mp4")

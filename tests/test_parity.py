@@ -160,6 +160,7 @@ def test_prompt_to_pixels_equals_the_whole_pipeline(pipeline, dit):
     """Four Euler steps with guidance 3: the prompt and the empty caption ride in one row, as two samples."""
     case = reference("pipeline")
     shape, config = case["noise"].shape[1:4], dit.config
+    # Byte tokens: the reference was made with the tokenizer of ByT5.
     captions = [[b + 3 for b in text.encode()] + [1, 0] for text in ("a red circle moving right", "")]
     text_tokens = jnp.asarray([[*captions[0], *captions[1]]])
     text_ids = jnp.asarray([[1] * len(captions[0]) + [2] * len(captions[1])])

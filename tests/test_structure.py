@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from data_pipelines.text_tokens import ByteTokenizer
+from data_pipelines.text_tokens import MIN_VOCAB
 from sorax import config as config_lib
 from sorax import objectives
 from sorax.dit import DiT, DiTConfig
@@ -32,7 +32,8 @@ LOWER = {
     "errors": (),
     "backend": ("errors",),
     "patchify": (),
-    **dict.fromkeys(MODELS, ("patchify", "attention")),
+    **dict.fromkeys(MODELS, ("patchify", "attention", "linear")),
+    "linear": (),
     "flow": (),
     "sampler": ("flow",),
     "functional": (),
@@ -204,7 +205,7 @@ def check_dit(config):
         return network(tokens, where, ids, levels, ids, embeds, text_ids, bias, remat=config.train.get("remat", "none"))
 
     assert jax.eval_shape(velocity, dit, text, tokens, where, ids, levels, text_ids, bias).shape == tokens.shape
-    assert text_model.vocab_size >= ByteTokenizer.vocab_size
+    assert text_model.vocab_size >= MIN_VOCAB
     if not config.vae.get("path"):
         vae_config = check_vae(config.vae)
         assert vae_config.latent_channels == model.in_channels == model.out_channels

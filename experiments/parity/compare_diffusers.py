@@ -9,12 +9,14 @@ largest value, pixels within 2 of 255.
 """
 
 import argparse
+import pathlib
 import sys
 
 import diffusers
 import numpy as np
 import torch
 
+from data_pipelines.text_tokens import Tokenizer
 from sorax import convert
 from sorax.encode import Codec
 from sorax.generate import Generator, Request, legal_shape
@@ -50,9 +52,14 @@ def main():
 
     pipe = diffusers.WanPipeline.from_pretrained(args.folder)
     pipe.set_progress_bar_config(disable=True)
-    networks = load_run(args.run).networks if args.run else convert.read_diffusers(args.folder)
+    if args.run:
+        run = load_run(args.run)
+        networks, tokenizer = run.networks, run.tokenizer
+    else:
+        networks = convert.read_diffusers(args.folder)
+        tokenizer = Tokenizer.load(pathlib.Path(args.folder, "tokenizer"))
     codec = Codec(networks.vae_config, networks.vae)
-    generator = Generator(networks.dit_config, networks.dit, networks.text_config, networks.text, codec)
+    generator = Generator(networks.dit_config, networks.dit, networks.text_config, networks.text, tokenizer, codec)
 
     good = True
     for size in args.size or ["32x32", "48x32"]:
