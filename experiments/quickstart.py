@@ -15,7 +15,8 @@ SHAPES = ((5, 32, 32),) * 6 + ((1, 32, 32), (9, 32, 32), (5, 32, 48), (5, 48, 32
 
 def get_world():
     return ConfigDict(
-        dict(num_samples=5000, shapes=SHAPES, fps=8.0, extent=5.0, num_objects=(1, 1), motions=("straight",))
+        dict(num_samples=5000, shapes=SHAPES, fps=8.0, extent=5.0, num_objects=(1, 1), motions=("straight",),
+             backgrounds=("plain",))
     )
 
 
@@ -25,13 +26,13 @@ def get_vae():
     config.kind = "vae"
     config.path = ""  # a finished VAE run to use instead of training one
     config.model = dict(
-        base_width=16, width_multipliers=(1, 2), num_res_blocks=1, latent_channels=8, temporal_downsample=(True,),
+        base_width=16, width_multipliers=(1, 2), num_res_blocks=1, latent_channels=5, temporal_downsample=(True,),
         pixel_patch=2,
     )  # fmt: skip
-    config.loss = dict(l1=0.0, l2=1.0, kl=1e-6)
+    config.loss = dict(l1=0.0, l2=1.0, kl=2e-4)
     world = get_world()
-    world.shapes = ((9, 32, 32),)
-    config.data = dict(path="", world=world, batch=8, image_steps=500, image_batch=32)
+    world.shapes = ((5, 32, 32),)
+    config.data = dict(path="", world=world, batch=8, image_steps=350, image_batch=32)
     config.optim = dict(optimizer="muon", lr=2e-2, warmup_steps=20, final_lr=0.02, b2=0.99, ema_decay=0.98)
     config.train = dict(steps=800, seed=0, log_every=20)
     config.checkpoint = dict(every=400, keep=1)
@@ -45,19 +46,19 @@ def get_config():
     config.kind = "dit"
     config.vae = get_vae()
     config.model = dict(
-        in_channels=8, out_channels=8, patch_size=(1, 4, 4), num_layers=4, num_heads=2, head_dim=64, ffn_dim=512,
+        in_channels=5, out_channels=5, patch_size=(1, 4, 4), num_layers=4, num_heads=4, head_dim=32, ffn_dim=512,
         text_dim=64, freq_dim=256,
     )  # fmt: skip
     config.text = dict(vocab_size=512, width=64, num_layers=2, num_heads=2, head_dim=32, ffn_dim=128)
     config.flow = dict(
-        sigma_mean=0.0, sigma_std=1.0, train_shift=1.0, sample_shift=3.0, caption_dropout=0.1,
+        sigma_mean=0.0, sigma_std=1.0, train_shift=2.0, sample_shift=3.0, caption_dropout=0.1,
         given=(0.8, 0.1, 0.02, 0.04, 0.04),
     )  # fmt: skip
     config.data = dict(
-        path="world", world=get_world(), batch=12, row_tokens=48, row_text=144, max_segments=8, val_samples=64,
+        path="world", world=get_world(), batch=32, row_tokens=48, row_text=56, max_segments=8, val_samples=64,
     )  # fmt: skip
     config.optim = dict(
-        optimizer="muon", lr=1e-2, vector_lr=2e-3, warmup_steps=50, final_lr=0.02, b2=0.99, ema_decay=0.995
+        optimizer="muon", lr=3e-2, vector_lr=3e-2, warmup_steps=20, final_lr=0.02, b2=0.99, ema_decay=0.995
     )
     config.train = dict(steps=1200, seed=0, log_every=50, unroll=True)
     config.checkpoint = dict(every=600, keep=1)

@@ -28,16 +28,31 @@ class Codec:
             vae = nnx.merge(graphdef, params)
             return vae.normalize(vae.encode(video.astype(jnp.float32) / 127.5 - 1.0)[0])
 
+        def moments(params, video):
+            mean, logvar = nnx.merge(graphdef, params).encode(video.astype(jnp.float32) / 127.5 - 1.0)
+            return jnp.concatenate([mean, jnp.square(mean) + jnp.exp(logvar)], axis=-1)
+
         def decode(params, latents):
             vae = nnx.merge(graphdef, params)
             video = jnp.clip(vae.decode(vae.denormalize(latents)), -1.0, 1.0)
             return jnp.round((video + 1.0) * 127.5).astype(jnp.uint8)
 
-        self._encode, self._decode = jax.jit(encode), jax.jit(decode)
+        self._encode, self._decode, self._moments = jax.jit(encode), jax.jit(decode), jax.jit(moments)
 
     def encode(self, videos):
         """Latents float32 `[t, h, w, C]` (posterior means, normalised) of each video uint8 `[T, H, W, 3]`."""
         return self._by_shape(self._encode, videos, lambda video: video.shape[0] * video.shape[1] * video.shape[2])
+
+    def statistics(self, videos):
+        """Mean and standard deviation float32 `[C]` of each channel of the latents, drawn from the posterior, of videos.
+
+        Of draws, not of posterior means: a channel that the VAE does not use has means near 0 and draws of variance 1,
+        and to scale its means up to 1 would make the DiT learn noise.
+        """
+        moments = self._by_shape(self._moments, videos, lambda video: video.shape[0] * video.shape[1] * video.shape[2])
+        flat = np.concatenate([m.reshape(-1, m.shape[-1]) for m in moments]).mean(0, dtype=np.float64)
+        mean, square = np.split(flat, 2)
+        return mean.astype(np.float32), np.sqrt(square - mean**2).astype(np.float32)
 
     def decode(self, latents):
         """Videos uint8 `[T, H, W, 3]` of each latents `[t, h, w, C]`."""

@@ -178,11 +178,8 @@ def vae_objective(config, workdir: str, mesh) -> Objective:
 
     def finish(params):
         indices = np.linspace(0, len(source) - 1, min(256, len(source))).astype(int)
-        plain = dict(params, latents_mean=jnp.zeros_like(params["latents_mean"]),
-                     latents_std=jnp.ones_like(params["latents_std"]))  # fmt: skip
-        latents = Codec(model, plain).encode([source[int(i)]["video"] for i in indices])
-        flat = np.concatenate([z.reshape(-1, z.shape[-1]) for z in latents])
-        stats = dict(latents_mean=flat.mean(0), latents_std=np.maximum(flat.std(0), 1e-3))
+        mean, std = Codec(model, params).statistics([source[int(i)]["video"] for i in indices])
+        stats = dict(latents_mean=mean, latents_std=std)
         place = {name: jax.device_put(value, params[name].sharding) for name, value in stats.items()}
         return dict(params, **place)
 
