@@ -18,7 +18,7 @@ def get_vae():
         base_width=16, width_multipliers=(1, 2), num_res_blocks=1, latent_channels=8, temporal_downsample=(True,),
         pixel_patch=2,
     )  # fmt: skip
-    config.loss = dict(l1=0.0, l2=1.0, kl=1e-6)
+    config.loss = dict(l1=0.0, l2=1.0, kl=1e-4)
     config.data = dict(
         path="", fps=8.0, max_frames=9, max_tokens=2560, batch=4, crop=(9, 48, 48), image_steps=400, image_batch=16,
     )  # fmt: skip
@@ -35,7 +35,7 @@ def get_config():
     config.kind = "dit"
     config.vae = get_vae()
     config.model = dict(
-        in_channels=8, out_channels=8, patch_size=(1, 4, 4), num_layers=4, num_heads=2, head_dim=64, ffn_dim=512,
+        in_channels=8, out_channels=8, patch_size=(1, 4, 4), num_layers=4, num_heads=4, head_dim=32, ffn_dim=512,
         text_dim=64, freq_dim=256,
     )  # fmt: skip
     config.text = dict(vocab_size=512, width=64, num_layers=2, num_heads=2, head_dim=32, ffn_dim=128)
@@ -45,11 +45,11 @@ def get_config():
     )  # fmt: skip
     # max_tokens counts patches of 16 x 16 pixels and 2 frames here, of 4 x 4 for the VAE: the same sizes.
     config.data = dict(
-        path="", fps=8.0, max_frames=9, max_tokens=160, batch=4, row_tokens=512, row_text=640, max_segments=8,
+        path="", fps=8.0, max_frames=9, max_tokens=160, batch=4, row_tokens=512, row_text=256, max_segments=8,
         val_samples=64,
     )  # fmt: skip
     config.optim = dict(
-        optimizer="muon", lr=1e-2, vector_lr=2e-3, warmup_steps=50, final_lr=0.02, b2=0.99, ema_decay=0.99
+        optimizer="muon", lr=3e-2, vector_lr=3e-2, warmup_steps=20, final_lr=0.02, b2=0.99, ema_decay=0.99
     )
     config.train = dict(steps=600, seed=0, log_every=20, unroll=True)
     config.checkpoint = dict(every=300, keep=1)

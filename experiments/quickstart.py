@@ -10,12 +10,12 @@ together in rows.
 from ml_collections import ConfigDict
 
 # (frames, height, width); the share of a shape is how often it stands here.
-SHAPES = ((5, 32, 32),) * 6 + ((1, 32, 32), (9, 32, 32), (5, 32, 48), (5, 48, 32))
+SHAPES = ((5, 32, 32),) * 12 + ((1, 32, 32), (9, 32, 32), (5, 32, 48), (5, 48, 32))
 
 
 def get_world():
     return ConfigDict(
-        dict(num_samples=5000, shapes=SHAPES, fps=8.0, extent=5.0, num_objects=(1, 1), motions=("straight",),
+        dict(num_samples=5000, shapes=SHAPES, fps=6.0, extent=5.0, num_objects=(1, 1), motions=("straight",),
              backgrounds=("plain",))
     )
 
@@ -51,17 +51,17 @@ def get_config():
     )  # fmt: skip
     config.text = dict(vocab_size=512, width=64, num_layers=2, num_heads=2, head_dim=32, ffn_dim=128)
     config.flow = dict(
-        sigma_mean=0.0, sigma_std=1.0, train_shift=2.0, sample_shift=3.0, caption_dropout=0.1,
-        given=(0.8, 0.1, 0.02, 0.04, 0.04),
+        sigma_mean=0.0, sigma_std=1.0, train_shift=3.0, sample_shift=3.0, caption_dropout=0.1,
+        given=(0.65, 0.25, 0.02, 0.04, 0.04),
     )  # fmt: skip
     config.data = dict(
-        path="world", world=get_world(), batch=32, row_tokens=48, row_text=56, max_segments=8, val_samples=64,
+        path="world", world=get_world(), batch=32, row_tokens=48, row_text=48, max_segments=8, val_samples=64,
     )  # fmt: skip
     config.optim = dict(
         optimizer="muon", lr=3e-2, vector_lr=3e-2, warmup_steps=20, final_lr=0.02, b2=0.99, ema_decay=0.995
     )
-    config.train = dict(steps=1200, seed=0, log_every=50, unroll=True)
-    config.checkpoint = dict(every=600, keep=1)
+    config.train = dict(steps=1250, seed=0, log_every=50, unroll=True)
+    config.checkpoint = dict(every=625, keep=1)
     config.mesh = dict(data=-1, fsdp=1, context=1, tensor=1)
-    config.eval = dict(every=600, num_videos=4, num_steps=30, guidance_scale=3.0, num_clips=64)
+    config.eval = dict(every=625, num_videos=4, num_steps=30, guidance_scale=3.0, num_clips=64)
     return config

@@ -44,7 +44,7 @@ class Codec:
         return self._by_shape(self._encode, videos, lambda video: video.shape[0] * video.shape[1] * video.shape[2])
 
     def statistics(self, videos):
-        """Mean and standard deviation float32 `[C]` of each channel of the latents, drawn from the posterior, of videos.
+        """Mean and standard deviation float32 `[C]` of each channel of latents drawn from the posteriors of videos.
 
         Of draws, not of posterior means: a channel that the VAE does not use has means near 0 and draws of variance 1,
         and to scale its means up to 1 would make the DiT learn noise.

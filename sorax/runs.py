@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import hashlib
+import json
 import os
 
 import jax
@@ -53,14 +54,34 @@ class Run:
         return shapes.most_common(1)[0][0]
 
     def metadata(self, weights: str) -> dict:
-        """What a model card says of the run; scores if it has been evaluated."""
+        """What a model card says of the run; its scores, if this step was evaluated into the folder's `report/`."""
         frames, height, width, fps = self.usual_shape()
         settings = self.config.eval
         sample = dict(prompt="a red circle moving right", height=height, width=width, num_frames=frames, fps=fps,
                       num_steps=settings.num_steps, guidance_scale=settings.guidance_scale)  # fmt: skip
         name, data = os.path.basename(os.path.abspath(self.workdir)), f"data.path = {self.config.data.path!r}"
         config = self.config.to_dict()
-        return dict(name=name, step=self.step, weights=weights, config=config, data=data, sample=sample)
+        return dict(name=name, step=self.step, weights=weights, config=config, data=data, sample=sample,
+                    scores=self.scores())  # fmt: skip
+
+    def scores(self) -> dict[str, str]:
+        """The main scores of `report/scores.json` in words; empty where it is missing or of another step."""
+        path = os.path.join(self.workdir, "report", "scores.json")
+        if not os.path.exists(path):
+            return {}
+        with open(path) as f:
+            report = json.load(f)
+        if report["step"] != self.step:
+            return {}
+        scores = {}
+        for split, found in report["splits"].items():
+            joint = found.get("prompts", {}).get("model", {}).get("joint")
+            if joint:
+                low, high = 100 * joint["lo"], 100 * joint["hi"]
+                share = f"{100 * joint['rate']:.1f} % [{low:.1f}, {high:.1f}] of {joint['n']} clips"
+                scores[f"prompts followed in every attribute, {split}"] = share
+            scores[f"VAE PSNR, {split}"] = f"{found['vae']['psnr']:.2f} dB"
+        return scores
 
 
 def load_run(workdir: str, weights: str = "ema") -> Run:

@@ -1,7 +1,9 @@
 """The suite of scores: its ceilings and its floor are where they must be, and it says the same twice."""
 
+import dataclasses
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -58,6 +60,15 @@ def test_report_holds_what_was_generated_and_judged(report):
     rows = [line for line in text.splitlines() if line.startswith("| ground truth |")]
     assert len(rows) == 2 and all(row.count("100.0 % [51.0, 100.0]") == 5 for row in rows)
     assert any("ground truth 100.0 %" in line for line in evaluate.summary_lines(scores))
+
+
+def test_a_model_card_has_the_scores_of_its_own_step_alone(tiny_run, report, tmp_path):
+    shutil.copytree(report[1], tmp_path / "report")
+    run = dataclasses.replace(load_run(tiny_run), workdir=str(tmp_path))
+    joint = report[0]["splits"]["test"]["prompts"]["model"]["joint"]["rate"]
+    assert run.metadata("ema")["scores"]["prompts followed in every attribute, test"].startswith(f"{100 * joint:.1f} %")
+    assert dataclasses.replace(run, step=run.step + 1).scores() == {}
+    assert load_run(tiny_run).scores() == {}
 
 
 def test_two_evaluations_differ_in_their_speed_alone(tiny_run, report, tmp_path):
