@@ -96,7 +96,8 @@ def test_eight_devices_equal_one(task, sizes):
 def test_parameters_and_optimizer_are_really_split(task, sizes):
     _, state = task(tuple(sizes.items()))
     f, t = sizes["fsdp"], sizes.get("tensor", 1)
-    L, D, F, V, P = 2, 24, 32, 16, 128  # layers, width, MLP, text width, patch
+    L, D, F, V = 2, 24, 32, 16  # layers, width, MLP, text width
+    P = 16 * config_lib.load_config(QUICKSTART).model.in_channels  # a patch of 4 x 4
     expected = {
         "dit/blocks/self_attention/q/kernel": (L, D // f, D // t),
         "dit/blocks/self_attention/o/kernel": (L, D // t, D // f),
