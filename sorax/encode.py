@@ -1,5 +1,6 @@
 """Videos to latents and back, in batches of one shape; and a whole data set as latents kept in a run folder."""
 
+import functools
 import hashlib
 import os
 
@@ -17,31 +18,44 @@ from sorax.vae import VAE, VAEConfig
 PIXELS_A_BATCH = 1 << 19  # bounds the memory of encoding and decoding
 
 
+@functools.lru_cache(maxsize=8)
+def _programs(config: VAEConfig):
+    """The compiled functions of a VAE of this size, shared by all that hold its parameters."""
+    graphdef, _ = functional.abstract(VAE, config)
+
+    def posterior(vae, video):
+        return vae.encode(video.astype(jnp.float32) / 127.5 - 1.0)
+
+    def encode(params, video):
+        vae = nnx.merge(graphdef, params)
+        return vae.normalize(posterior(vae, video)[0])
+
+    def moments(params, video):
+        mean, logvar = posterior(nnx.merge(graphdef, params), video)
+        return jnp.concatenate([mean, jnp.exp(logvar)], axis=-1)
+
+    def decode(params, latents):
+        vae = nnx.merge(graphdef, params)
+        video = jnp.clip(vae.decode(vae.denormalize(latents)), -1.0, 1.0)
+        return jnp.round((video + 1.0) * 127.5).astype(jnp.uint8)
+
+    return jax.jit(encode), jax.jit(moments), jax.jit(decode)
+
+
+def _pixels(video):
+    return video.shape[0] * video.shape[1] * video.shape[2]
+
+
 class Codec:
     """A trained VAE with its parameters: uint8 videos <-> normalised latents."""
 
     def __init__(self, config: VAEConfig, params):
         self.config, self.params = config, params
-        graphdef, _ = functional.abstract(VAE, config)
-
-        def encode(params, video):
-            vae = nnx.merge(graphdef, params)
-            return vae.normalize(vae.encode(video.astype(jnp.float32) / 127.5 - 1.0)[0])
-
-        def moments(params, video):
-            mean, logvar = nnx.merge(graphdef, params).encode(video.astype(jnp.float32) / 127.5 - 1.0)
-            return jnp.concatenate([mean, jnp.square(mean) + jnp.exp(logvar)], axis=-1)
-
-        def decode(params, latents):
-            vae = nnx.merge(graphdef, params)
-            video = jnp.clip(vae.decode(vae.denormalize(latents)), -1.0, 1.0)
-            return jnp.round((video + 1.0) * 127.5).astype(jnp.uint8)
-
-        self._encode, self._decode, self._moments = jax.jit(encode), jax.jit(decode), jax.jit(moments)
+        self._encode, self._moments, self._decode = _programs(config)
 
     def encode(self, videos):
         """Latents float32 `[t, h, w, C]` (posterior means, normalised) of each video uint8 `[T, H, W, 3]`."""
-        return self._by_shape(self._encode, videos, lambda video: video.shape[0] * video.shape[1] * video.shape[2])
+        return self._by_shape(self._encode, videos, _pixels)
 
     def statistics(self, videos):
         """Mean and standard deviation float32 `[C]` of each channel of latents drawn from the posteriors of videos.
@@ -49,15 +63,16 @@ class Codec:
         Of draws, not of posterior means: a channel that the VAE does not use has means near 0 and draws of variance 1,
         and to scale its means up to 1 would make the DiT learn noise.
         """
-        moments = self._by_shape(self._moments, videos, lambda video: video.shape[0] * video.shape[1] * video.shape[2])
-        flat = np.concatenate([m.reshape(-1, m.shape[-1]) for m in moments]).mean(0, dtype=np.float64)
-        mean, square = np.split(flat, 2)
-        return mean.astype(np.float32), np.sqrt(square - mean**2).astype(np.float32)
+        moments = self._by_shape(self._moments, videos, _pixels)
+        flat = np.concatenate([m.reshape(-1, m.shape[-1]) for m in moments]).astype(np.float64)
+        means, variances = np.split(flat, 2, axis=1)
+        deviation = np.sqrt(means.var(0) + variances.mean(0))
+        return means.mean(0).astype(np.float32), deviation.astype(np.float32)
 
     def decode(self, latents):
         """Videos uint8 `[T, H, W, 3]` of each latents `[t, h, w, C]`."""
         grow = self.config.temporal_stride * self.config.spatial_stride**2
-        return self._by_shape(self._decode, latents, lambda z: z.shape[0] * z.shape[1] * z.shape[2] * grow)
+        return self._by_shape(self._decode, latents, lambda z: _pixels(z) * grow)
 
     def _by_shape(self, function, items, pixels):
         results, groups = [None] * len(items), {}

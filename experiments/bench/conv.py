@@ -5,8 +5,6 @@
 The two are interleaved; the ratio of medians of process CPU time is printed for each shape.
 """
 
-import time
-
 from sorax.backend import configure
 
 configure()
@@ -14,6 +12,7 @@ configure()
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
+from experiments.bench.timing import median_cpu_seconds  # noqa: E402
 from sorax.vae import conv_causal  # noqa: E402
 
 SHAPES = ((4, 9, 32, 32, 16), (4, 9, 16, 16, 32), (4, 5, 8, 8, 64), (32, 1, 16, 16, 32))
@@ -31,14 +30,7 @@ def main():
         x = rng.normal(size=shape).astype(np.float32)
         kernel = rng.normal(size=(3, 3, 3, shape[-1], shape[-1])).astype(np.float32)
         runs = [jax.jit(jax.grad(lambda x, k, f=f: (f(x, k) ** 2).sum(), (0, 1))) for f in (plain, conv_causal)]
-        times = [[], []]
-        for i in range(11):
-            for run, taken in zip(runs, times):
-                began = time.process_time()
-                jax.block_until_ready(run(x, kernel))
-                if i:
-                    taken.append(time.process_time() - began)
-        whole, taps = (float(np.median(t)) for t in times)
+        whole, taps = median_cpu_seconds(runs, (x, kernel), rounds=10)
         print(f"{shape}: 3-D {whole * 1e3:.1f} ms, by taps {taps * 1e3:.1f} ms, ratio {whole / taps:.2f}")
 
 

@@ -5,8 +5,6 @@
 The two are interleaved; the ratio of medians of process CPU time is printed.
 """
 
-import time
-
 from sorax.backend import configure
 
 configure()
@@ -16,6 +14,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from flax import nnx  # noqa: E402
 
+from experiments.bench.timing import median_cpu_seconds  # noqa: E402
 from experiments.quickstart import get_config  # noqa: E402
 from sorax import functional  # noqa: E402
 from sorax.config import build  # noqa: E402
@@ -45,14 +44,7 @@ def main():
     for call in (nnx.Linear.__call__, by_matmul):
         Linear.__call__ = call
         runs.append(gradient(model, inputs).lower(params).compile())
-    times = [[], []]
-    for i in range(16):
-        for run, taken in zip(runs, times):
-            began = time.process_time()
-            jax.block_until_ready(run(params))
-            if i:
-                taken.append(time.process_time() - began)
-    plain, ours = (float(np.median(t)) for t in times)
+    plain, ours = median_cpu_seconds(runs, (params,), rounds=15)
     print(f"flax {plain * 1e3:.0f} ms, ours {ours * 1e3:.0f} ms of CPU time, ratio {plain / ours:.2f}")
 
 
