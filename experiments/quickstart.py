@@ -60,8 +60,8 @@ def get_config():
     config.optim = dict(
         optimizer="muon", lr=3e-2, vector_lr=3e-2, warmup_steps=20, final_lr=0.02, b2=0.99, ema_decay=0.995
     )
-    config.train = dict(steps=1080, seed=0, log_every=40, unroll=True)
-    config.checkpoint = dict(every=540, keep=1)
+    config.train = dict(steps=1180, seed=0, log_every=40, unroll=True)
+    config.checkpoint = dict(every=590, keep=1)
     config.mesh = dict(data=-1, fsdp=1, context=1, tensor=1)
-    config.eval = dict(every=540, num_videos=4, num_steps=30, guidance_scale=2.0, num_clips=64)
+    config.eval = dict(every=590, num_videos=4, num_steps=30, guidance_scale=2.0, num_clips=64)
     return config
