@@ -40,7 +40,7 @@ def get_config():
     )  # fmt: skip
     config.text = dict(vocab_size=512, width=64, num_layers=2, num_heads=2, head_dim=32, ffn_dim=128)
     config.flow = dict(
-        sigma_mean=0.0, sigma_std=1.0, train_shift=1.0, sample_shift=3.0, caption_dropout=0.1,
+        sigma_mean=0.0, sigma_std=1.5, train_shift=1.5, sample_shift=3.0, caption_dropout=0.1,
         given=(0.8, 0.1, 0.02, 0.04, 0.04),
     )  # fmt: skip
     # max_tokens counts patches of 16 x 16 pixels and 2 frames here, of 4 x 4 for the VAE: the same sizes.
@@ -51,8 +51,8 @@ def get_config():
     config.optim = dict(
         optimizer="muon", lr=3e-2, vector_lr=3e-2, warmup_steps=20, final_lr=0.02, b2=0.99, ema_decay=0.99
     )
-    config.train = dict(steps=600, seed=0, log_every=20, unroll=True)
-    config.checkpoint = dict(every=300, keep=1)
+    config.train = dict(steps=1800, seed=0, log_every=20, unroll=True)
+    config.checkpoint = dict(every=600, keep=1)
     config.mesh = dict(data=-1, fsdp=1, context=1, tensor=1)
-    config.eval = dict(every=200, num_videos=13, num_steps=30, guidance_scale=1.0, num_clips=64)
+    config.eval = dict(every=600, num_videos=13, num_steps=30, guidance_scale=1.0, num_clips=64)
     return config
