@@ -1,8 +1,9 @@
 """Video and image files to frames, through PyAV; bounded in pixels, frames and time.
 
-Times are in seconds from the first frame that decodes, whatever the container's clock says. An output frame
-is the input frame on screen at its time, so variable rates need no special case. A file is read with an
-allow-list of container formats: a playlist dressed up as a video cannot make FFmpeg open other files.
+A file is a path, or a binary file object such as io.BytesIO. Times are in seconds from the first frame that
+decodes, whatever the container's clock says. An output frame is the input frame on screen at its time, so variable
+rates need no special case. A file is read with an allow-list of container formats: a playlist dressed up as a video
+cannot make FFmpeg open other files.
 
 Shapes: T frames, H height, W width. Files may be hostile; whatever is wrong with one is a DecodeError.
 """
@@ -30,7 +31,7 @@ _FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpeg,mpegts,flv,ogg,iv
 
 
 class DecodeError(Exception):
-    """A file that cannot be decoded; `reason` says why, without the file's name."""
+    """A file that cannot be decoded; `reason` says why, without the file's name: its kind, then ": " and details."""
 
     def __init__(self, reason: str):
         super().__init__(reason)
@@ -41,26 +42,27 @@ class DecodeError(Exception):
 class VideoInfo:
     """What a file holds, as it is meant to be shown (rotated upright, square pixels).
 
-    num_frames and span (seconds from the first frame to the last) count no further than the limits that
-    probe was given. fps is the header's rate where the timestamps agree with it, else the measured one.
-    rotation is in degrees counter-clockwise, already applied to height and width.
+    num_frames and span (seconds from the first frame to the last) count no further than the limits that were given.
+    fps is the header's rate where the timestamps agree with it, else the measured one. rotation is in degrees
+    counter-clockwise, already applied to height and width. duration: seconds of the whole video, measured where it
+    was read to its end, else what the file claims. codec, container: FFmpeg's names. reason: "" or why the file is
+    not to be used; the other fields then tell what was found before that.
     """
 
-    num_frames: int
-    height: int
-    width: int
-    fps: float
-    span: float
-    rotation: int
+    num_frames: int = 0
+    height: int = 0
+    width: int = 0
+    fps: float = 0.0
+    span: float = 0.0
+    rotation: int = 0
+    duration: float = 0.0
+    codec: str = ""
+    container: str = ""
     is_image: bool = False
-
-    def frames_at(self, fps: float) -> int:
-        """Number of frames that the file fills at another rate."""
-        # The slack of a tenth of a frame forgives timestamps rounded to milliseconds.
-        return math.floor(self.span * fps + 0.1) + 1
+    reason: str = ""
 
 
-class _Clock:
+class Clock:
     """Raises DecodeError once the work on one file has taken too long."""
 
     def __init__(self, limit: float):
@@ -68,11 +70,11 @@ class _Clock:
 
     def check(self):
         if time.monotonic() > self.end:
-            raise DecodeError(f"decoding took longer than {self.limit:g} s")
+            raise DecodeError(f"too slow: decoding took longer than {self.limit:g} s")
 
 
 @contextlib.contextmanager
-def _reasons():
+def reasons():
     """Turns what FFmpeg, Pillow and the file system raise into a DecodeError with a short reason."""
     try:
         yield
@@ -82,22 +84,34 @@ def _reasons():
         raise DecodeError("not a video, or corrupt (invalid data)") from e
     except UnidentifiedImageError as e:
         raise DecodeError("not an image, or corrupt") from e
+    except MemoryError as e:
+        raise DecodeError("out of memory: decoding needs more than it may take") from e
     except OSError as e:
-        raise DecodeError(e.strerror or str(e)) from e
+        if e.errno == errno.ENOMEM:
+            raise DecodeError("out of memory: decoding needs more than it may take") from e
+        raise DecodeError(e.strerror or f"cannot be decoded: {e}") from e
     except (
         av.FFmpegError,
         EOFError,
         ValueError,
         SyntaxError,
-        MemoryError,
         OverflowError,
         Image.DecompressionBombError,
     ) as e:
         why = getattr(e, "strerror", None) or str(e) or type(e).__name__
-        raise DecodeError(f"cannot be decoded ({why})") from e
+        raise DecodeError(f"cannot be decoded: {why}") from e
 
 
-def _check_file(path: str):
+def check_file(file):
+    """Raises DecodeError unless a file can be opened without blocking and holds anything."""
+    if hasattr(file, "read"):
+        file.seek(0)
+        empty = not file.read(1)
+        file.seek(0)
+        if empty:
+            raise DecodeError("empty file (zero bytes)")
+        return
+    path = os.fspath(file)
     if not os.path.exists(path):
         raise DecodeError("no such file")
     if not os.path.isfile(path):  # a named pipe would block for ever
@@ -107,11 +121,11 @@ def _check_file(path: str):
 
 
 @contextlib.contextmanager
-def _open(path: str, max_pixels: int):
+def open_video(path, max_pixels: int):
     """Opens the container; yields it and its main picture stream, to be decoded on one thread."""
     options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file", "max_pixels": str(max_pixels)}
     try:
-        container = av.open(path, options=options)
+        container = av.open(path, options=options, metadata_errors="replace")  # titles may be in any encoding
     except av.FFmpegError as e:
         if e.errno == errno.EINVAL:  # what FFmpeg says of a format that is not on the list
             raise DecodeError("not a video of a format that is read here") from e
@@ -121,6 +135,8 @@ def _open(path: str, max_pixels: int):
         if not streams:
             raise DecodeError("holds no video stream")
         stream = streams[0]
+        if stream.codec_context is None:
+            raise DecodeError("cannot be decoded: unknown codec")
         _check_pixels(stream.width, stream.height, max_pixels)
         stream.codec_context.options = {"max_pixels": str(max_pixels)}
         # One thread a file: callers run files in parallel, and frame threads would hold frames of their own.
@@ -130,37 +146,43 @@ def _open(path: str, max_pixels: int):
 
 def _check_pixels(width: int, height: int, most: int):
     if width * height > most:
-        raise DecodeError(f"{width}x{height} is over the limit of {most} pixels")
+        raise DecodeError(f"too large: {width}x{height} is over the limit of {most} pixels")
 
 
 def _is_cover_art(stream) -> bool:
     return "attached_pic" in str(getattr(stream, "disposition", ""))
 
 
-def _rate(stream) -> float:
+def header_rate(stream) -> float:
     """The header's frame rate, or 0 if it has none."""
     rate = stream.average_rate or stream.guessed_rate
     return float(rate) if rate and 0 < rate < 1e6 else 0.0
 
 
-def _is_image(path: str) -> bool:
-    return path.lower().endswith(IMAGE_SUFFIXES)
+def is_image(file) -> bool:
+    """Whether a file is to be read as an image: a path by its suffix, a file object by its first bytes."""
+    if hasattr(file, "read"):
+        head = file.read(8)
+        file.seek(0)
+        return head.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"))
+    return os.fspath(file).lower().endswith(IMAGE_SUFFIXES)
 
 
-def _image_frame(path: str, max_pixels: int) -> av.VideoFrame:
-    """An image file, upright by its EXIF flag and on white where transparent, as a frame."""
+def image_frame(path, max_pixels: int) -> tuple[av.VideoFrame, str]:
+    """An image file, upright by its EXIF flag and on white where transparent, as a frame; and its format."""
     with Image.open(path, formats=("PNG", "JPEG")) as image:
         _check_pixels(image.width, image.height, max_pixels)
+        form = image.format.lower()
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip
             image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
         elif "A" in image.mode or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return av.VideoFrame.from_image(image.convert("RGB"))
+        return av.VideoFrame.from_image(image.convert("RGB")), form
 
 
-def _upright_size(frame, stream) -> tuple[int, int, int]:
+def upright_size(frame, stream) -> tuple[int, int, int]:
     """(height, width, degrees to turn counter-clockwise) of a frame as it is meant to be shown."""
     aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio
     height, width = frame.height, frame.width
@@ -177,14 +199,13 @@ def probe(path, *, max_seconds=math.inf, max_frames=math.inf, max_pixels=MAX_PIX
     Returns a VideoInfo. Raises DecodeError if the file is missing, empty, no video, over max_pixels a frame,
     shorter than its header says, or takes longer than time_limit seconds.
     """
-    path = os.fspath(path)
-    clock = _Clock(time_limit)
-    with _reasons():
-        _check_file(path)
-        if _is_image(path):
-            frame = _image_frame(path, max_pixels)
-            return VideoInfo(1, frame.height, frame.width, 1.0, 0.0, 0, is_image=True)
-        with _open(path, max_pixels) as (container, stream):
+    clock = Clock(time_limit)
+    with reasons():
+        check_file(path)
+        if is_image(path):
+            frame, form = image_frame(path, max_pixels)
+            return VideoInfo(1, frame.height, frame.width, 1.0, codec=form, container=form, is_image=True)
+        with open_video(path, max_pixels) as (container, stream):
             return _probe_stream(container, stream, max_seconds, max_frames, clock)
 
 
@@ -214,8 +235,10 @@ def _probe_stream(container, stream, max_seconds, max_frames, clock) -> VideoInf
     if first is None:
         raise DecodeError("no frame can be decoded")
     if reached_end:
-        _check_whole(container, stream, num_packets, end, times)
-    rate = _rate(stream)
+        stamps = sorted(times)
+        gap = max((b - a for a, b in zip(stamps, stamps[1:])), default=0.0)
+        check_whole(container, stream, num_packets, end, gap)
+    rate = header_rate(stream)
     if first.time is None:  # no clock in the file: trust the rate
         times = {i / (rate or 1.0) for i in range(num_packets)}
     origin = first.time or 0.0
@@ -223,32 +246,64 @@ def _probe_stream(container, stream, max_seconds, max_frames, clock) -> VideoInf
     if max_frames < len(kept):
         kept = kept[: int(max_frames)]
     span = kept[-1] - origin
-    measured = (len(kept) - 1) / span if span > 0 else 0.0
+    fps = true_rate(rate, len(kept), span)
+    height, width, turn = upright_size(first, stream)
+    duration = span + 1 / fps if reached_end else max(span + 1 / fps, claimed_duration(container, stream))
+    names = stream.codec_context.name, container.format.name
+    return VideoInfo(len(kept), height, width, fps, span, turn, duration, *names)
+
+
+def true_rate(rate: float, num_frames: int, span: float) -> float:
+    """Frames per second of num_frames over span seconds: the header's rate if it agrees with them, else theirs."""
+    measured = (num_frames - 1) / span if span > 0 else 0.0
     # A header rate that is off (a live recording may say 1000) would repeat or drop frames.
-    fps = rate if rate and (not measured or 0.9 < rate / measured < 1.1) else measured or rate or 1.0
-    height, width, turn = _upright_size(first, stream)
-    return VideoInfo(len(kept), height, width, fps, span, turn)
+    return rate if rate and (not measured or 0.9 < rate / measured < 1.1) else measured or rate or 1.0
 
 
-def _check_whole(container, stream, num_packets: int, end: float, times: set[float]):
-    """Raises DecodeError if the file stops well before what its header promises."""
+def claimed_duration(container, stream) -> float:
+    """Seconds that the headers give the stream, or the file; 0 where they make no sense."""
+    for ticks, unit in ((stream.duration, stream.time_base), (container.duration, 1 / av.time_base)):
+        if ticks and unit and 0 < float(ticks * unit) < 1e7:
+            return float(ticks * unit)
+    return 0.0
+
+
+def check_whole(container, stream, num_packets: int, end: float, gap: float):
+    """Raises DecodeError if a file that was read to its end stops well before what its header promises.
+
+    end: seconds at which its last packet ends. gap: the longest time between two of its frames.
+    """
     if stream.frames and num_packets < 0.98 * stream.frames - 1:
         raise DecodeError(f"truncated: {num_packets} of {stream.frames} frames are there")
     if "matroska" in container.format.name and container.duration:
-        stamps = sorted(times)
-        gap = max((b - a for a, b in zip(stamps, stamps[1:])), default=0.0)
         seconds = container.duration / av.time_base
         if end < seconds - max(0.5, 0.05 * seconds, 2 * gap):
             raise DecodeError(f"truncated: {end:.1f} of {seconds:.1f} s are there")
 
 
-def _frames(path: str, start: float, max_pixels: int, clock: _Clock) -> Iterator[tuple]:
+class Timeline:
+    """Seconds of each frame of a stream since its first, in order and ever growing, whatever the file's clock does."""
+
+    def __init__(self, rate: float, origin: float | None = None):
+        self.rate, self.origin = rate, origin
+        self.previous, self.count = -math.inf, 0
+
+    def at(self, frame) -> float:
+        now = self.count / (self.rate or 1.0) if frame.time is None else frame.time
+        self.origin = now if self.origin is None else self.origin
+        if now <= self.previous:  # a clock that stands still or jumps back
+            now = self.previous + 1 / (self.rate or 25.0)
+        self.previous, self.count = now, self.count + 1
+        return now - self.origin
+
+
+def _frames(path, start: float, max_pixels: int, clock: Clock) -> Iterator[tuple]:
     """(time, frame, degrees to turn, header's rate) in order, from the frame shown at `start` or earlier."""
-    if _is_image(path):
-        yield 0.0, _image_frame(path, max_pixels), 0, 0.0
+    if is_image(path):
+        yield 0.0, image_frame(path, max_pixels)[0], 0, 0.0
         return
-    with _open(path, max_pixels) as (container, stream):
-        rate = _rate(stream)
+    with open_video(path, max_pixels) as (container, stream):
+        rate = header_rate(stream)
         origin = None
         if start > 0:
             # Time zero is the first frame that decodes; only then can a time be sought.
@@ -258,16 +313,21 @@ def _frames(path: str, start: float, max_pixels: int, clock: _Clock) -> Iterator
                 container.seek(int((origin + start) / stream.time_base), stream=stream)
             else:  # no clock to seek by: count from the beginning
                 container.seek(0)
-        previous, count = -math.inf, 0
+        timeline = Timeline(rate, origin)
         for frame in container.decode(stream):
             clock.check()
-            now = count / (rate or 1.0) if frame.time is None else frame.time
-            origin = now if origin is None else origin
-            if now <= previous:  # a clock that stands still or jumps back
-                now = previous + 1 / (rate or 25.0)
-            previous, count = now, count + 1
-            turn = round(frame.rotation / 90) * 90 % 360
-            yield now - origin, frame, turn, rate
+            yield timeline.at(frame), frame, round(frame.rotation / 90) * 90 % 360, rate
+
+
+def frames(path, *, max_pixels=MAX_PIXELS, time_limit=TIME_LIMIT) -> Iterator[tuple]:
+    """Every frame of a file in order, as it is stored.
+
+    Yields (seconds from the first frame, PyAV's frame, degrees to turn it counter-clockwise, the header's rate or 0).
+    time_limit counts the seconds that the caller spends on frames too. Raises DecodeError.
+    """
+    with reasons():
+        check_file(path)
+        yield from _frames(path, 0.0, max_pixels, Clock(time_limit))
 
 
 def decode(path, num_frames, height, width, fps, start=0.0, *, max_pixels=MAX_PIXELS, time_limit=TIME_LIMIT):
@@ -280,27 +340,18 @@ def decode(path, num_frames, height, width, fps, start=0.0, *, max_pixels=MAX_PI
     """
     out, before = None, None
     reformatter = VideoReformatter()
-    with _reasons():
-        for k, (frame, turn) in enumerate(_select(path, num_frames, fps, start, max_pixels, _Clock(time_limit))):
+    with reasons():
+        for k, (frame, turn) in enumerate(_select(path, num_frames, fps, start, max_pixels, Clock(time_limit))):
             if out is None:  # only now: a broken file must not cost the memory of a whole clip
                 out = np.empty((num_frames, height, width, 3), np.uint8)
-            out[k] = out[k - 1] if frame is before else _pixels(reformatter, frame, turn, height, width)
+            out[k] = out[k - 1] if frame is before else to_pixels(reformatter, frame, turn, height, width)
             before = frame
     return out
 
 
-def verify(path, num_frames, height, width, fps, start=0.0, *, max_pixels=MAX_PIXELS, time_limit=TIME_LIMIT):
-    """Raises the DecodeError that decode would raise, without making or holding the pixels."""
-    with _reasons():
-        for k, (frame, turn) in enumerate(_select(path, num_frames, fps, start, max_pixels, _Clock(time_limit))):
-            if k == 0:  # a pixel format that cannot be converted shows in the first frame
-                _pixels(VideoReformatter(), frame, turn, height, width)
-
-
-def _select(path, num_frames: int, fps: float, start: float, max_pixels: int, clock: _Clock) -> Iterator[tuple]:
+def _select(path, num_frames: int, fps: float, start: float, max_pixels: int, clock: Clock) -> Iterator[tuple]:
     """(frame, degrees to turn) on screen at start + k / fps, for each k; a repeated frame is the same object."""
-    path = os.fspath(path)
-    _check_file(path)
+    check_file(path)
     k, current, last, rate = 0, None, 0.0, 0.0
     for now, frame, turn, rate in _frames(path, start, max_pixels, clock):
         # A little under half a frame: a tie must not hang on how a container rounds its timestamps.
@@ -322,7 +373,7 @@ def _select(path, num_frames: int, fps: float, start: float, max_pixels: int, cl
         k += 1
 
 
-def _pixels(reformatter, frame, turn: int, height: int, width: int) -> np.ndarray:
+def to_pixels(reformatter, frame, turn: int, height: int, width: int) -> np.ndarray:
     """One frame as RGB [H, W, 3], scaled before it is turned (the scaler cannot turn)."""
     h, w = (width, height) if turn % 180 else (height, width)
     smaller = h <= frame.height and w <= frame.width

@@ -1,67 +1,67 @@
-"""Which samples go into which row of tokens: a deterministic plan of one epoch, made from lengths alone.
+"""Which samples go into which row of tokens: a deterministic plan of every epoch, made from lengths alone.
 
-Letters: n = samples, R = rows of the plan, S = steps, G = rows of one step over all ranks.
-A row has room for `row_tokens` video tokens and `row_text` text slots.
+Rows are planned chunk by chunk where they are asked for. What is kept of a plan is small: the samples that wait at
+each chunk's beginning. Any row can then be had for the price of one chunk, on any process, in any order.
+
+Letters: n = samples, R = rows of an epoch, G = rows of one step over all ranks.
 """
 
 import dataclasses
 import hashlib
-from array import array
-from bisect import bisect_left, bisect_right, insort
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from functools import cached_property
 
 import numpy as np
 
+from data_pipelines.pack_rows import gather_rows, order_rows, pack_rows, row_costs
+from data_pipelines.shuffle import EpochOrder, fold
 from sorax.errors import UserError
 
-_VERSION = 1  # of the algorithm: part of a plan's identity
-# Rows are sorted by cost inside windows of this many steps; the first that balances the ranks well enough
-# is taken, since the fewer steps share a window, the better mixed are their samples.
-_SORT_WINDOWS = (1, 2, 4, 8, 16, 32, 64)
-_TARGET_IMBALANCE = 1.005
+VERSION = 2  # of the algorithm: part of a plan's identity
+_KEPT_CHUNKS = 2  # reading ahead crosses from one chunk into the next,
+_KEPT_EPOCHS = 2  # and from one epoch into the next
+_STEPS_A_CHUNK = 16  # at least, so that rows can be balanced however large a step is
 # Cost of s tokens that attend to each other: COST_A * s + COST_B * s^2; here that of Wan's 1.3B (`token_costs`).
 COST_A, COST_B = 1.0, 6.6e-5
-_LOW = (1 << 32) - 1
 
 
 @dataclasses.dataclass(frozen=True)
-class PackPlan:
-    """One epoch of rows, in the order in which they are trained on.
+class PackSettings:
+    """How samples are packed; everything that a plan depends on besides the lengths.
 
-    row_starts: int64 [R + 1] and samples: int64 [row_starts[-1]]: row r holds samples
-      samples[row_starts[r]:row_starts[r + 1]], in this order. Step k is rows k * G .. (k + 1) * G - 1, those
-      of rank 0 first.
-    repeated_rows: int64, the rows that occur a second time to fill the last step; every other row is new, and
-      the new rows hold every sample exactly once.
-    fill: useful video tokens / all video tokens. text_fill: the same of text slots.
-    imbalance: time of the epoch / its time if all ranks always had equal cost: sum of max / sum of mean, >= 1.
-    identity: hash of the plan; equal plans, equal identity.
+    row_tokens, row_text: room of a row. seed: >= 0. max_segments: most samples of a row, None for any number.
+    window: samples that wait to be packed. ranks: data-parallel ranks that a step's rows are balanced for.
+    rows_per_rank_step: rows that each of them reads at a step.
+    cost_a, cost_b: cost of a row = sum of cost_a * s + cost_b * s^2 over its samples of s tokens (`token_costs`).
+    chunk: samples planned at a time, which bounds the memory.
     """
 
-    row_starts: np.ndarray
-    samples: np.ndarray
-    repeated_rows: np.ndarray
-    rows_per_step: int
-    fill: float
-    text_fill: float
-    imbalance: float
-    identity: str
+    row_tokens: int
+    row_text: int
+    seed: int
+    max_segments: int | None = None
+    window: int = 512
+    ranks: int = 1
+    rows_per_rank_step: int = 1
+    cost_a: float = COST_A
+    cost_b: float = COST_B
+    chunk: int = 1 << 20
 
-    def __len__(self):
-        return len(self.row_starts) - 1
+    def __post_init__(self):
+        names = ("row_tokens", "row_text", "max_segments", "window", "ranks", "rows_per_rank_step", "chunk")
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}")
 
     @property
-    def num_steps(self):
-        """Steps of the epoch, all of them full."""
-        return len(self) // self.rows_per_step
-
-    @property
-    def repeated(self):
-        """How many rows occur a second time."""
-        return len(self.repeated_rows)
-
-    def row(self, index):
-        """Samples int64 [k] of one row."""
-        return self.samples[self.row_starts[index] : self.row_starts[index + 1]]
+    def rows_per_step(self):
+        """G."""
+        return self.ranks * self.rows_per_rank_step
 
 
 def token_costs(width, ffn_width):
@@ -73,86 +73,11 @@ def token_costs(width, ffn_width):
     return 2.0 * (8 * width**2 + 2 * width * ffn_width), 4.0 * width
 
 
-def plan_epoch(
-    video_tokens,
-    text_tokens,
-    *,
-    row_tokens,
-    row_text,
-    max_segments,
-    seed,
-    epoch,
-    window=512,
-    ranks=1,
-    rows_per_rank_step=1,
-    cost_a=COST_A,
-    cost_b=COST_B,
-    names=None,
-):
-    """Pack n samples into rows and order the rows so that all ranks of every step carry equal cost.
-
-    The samples are shuffled by (seed, epoch). A row starts with the oldest of the `window` samples that wait,
-    then takes the largest that still fits in both capacities, until none does: no sample waits for ever, and
-    rows end up full. Rows are then sorted by cost inside short windows of steps, dealt to the ranks largest
-    to least loaded, and the steps shuffled again, so that cost has no order in time. The last step is filled
-    up with rows from the start of the epoch, which the plan names.
-
-    Args:
-      video_tokens: [n] patches of each sample, >= 1. text_tokens: [n] text slots it takes, empty slot included.
-      row_tokens, row_text: room of a row. max_segments: most samples of a row, None for any number.
-      seed, epoch: >= 0. ranks: data-parallel ranks. rows_per_rank_step: rows that each reads at a step.
-      cost_a, cost_b: cost of a row = sum of cost_a * s + cost_b * s^2 over its samples of s tokens.
-      names: function index -> what to call a sample in an error; default "sample 7".
-
-    Returns: a PackPlan, a pure function of the arguments.
-    Raises: UserError where there is no sample, or one does not fit in a row or has no tokens.
-    """
-    video = np.ascontiguousarray(video_tokens, np.int64)
-    text = np.ascontiguousarray(text_tokens, np.int64)
-    if video.ndim != 1 or video.shape != text.shape:
-        raise ValueError(f"video_tokens {video.shape} and text_tokens {text.shape} must both be [n]")
-    if min(row_tokens, row_text, window, ranks, rows_per_rank_step) < 1:
-        raise ValueError("row_tokens, row_text, window, ranks and rows_per_rank_step must be at least 1")
-    max_segments = row_tokens if max_segments is None else max_segments
-    if max_segments < 1:
-        raise ValueError(f"max_segments must be at least 1, got {max_segments}")
-    check_fits(video, text, row_tokens, row_text, names)
-
-    rng = np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64)))
-    order = rng.permutation(len(video))
-    starts, packed = _pack(video, text, order, row_tokens, row_text, max_segments, window)
-    num_rows = len(starts) - 1
-
-    cost = cost_a * np.add.reduceat(video[packed], starts[:-1])
-    cost = cost + cost_b * np.add.reduceat(video[packed] ** 2, starts[:-1])
-    rows_per_step = ranks * rows_per_rank_step
-    num_steps = -(-num_rows // rows_per_step)
-    rows = np.arange(num_steps * rows_per_step) % num_rows  # wraps: the last step is full
-    rows, imbalance = _order(rows, cost[rows], ranks, rows_per_rank_step, rng)
-
-    # Of a row that occurs twice, the earlier is the new one.
-    first = np.full(num_rows, len(rows))
-    np.minimum.at(first, rows, np.arange(len(rows)))
-    repeated_rows = np.flatnonzero(first[rows] != np.arange(len(rows)))
-
-    row_starts, samples = _gather(starts, packed, rows)
-    digest = hashlib.sha256(repr((_VERSION, row_tokens, row_text, rows_per_step)).encode())
-    for part in (row_starts, samples, video, text):
-        digest.update(part.astype("<i8", copy=False))
-    return PackPlan(
-        row_starts=row_starts,
-        samples=samples,
-        repeated_rows=repeated_rows,
-        rows_per_step=rows_per_step,
-        fill=float(video.sum() / (num_rows * row_tokens)),
-        text_fill=float(text.sum() / (num_rows * row_text)),
-        imbalance=imbalance,
-        identity=digest.hexdigest()[:16],
-    )
-
-
 def check_fits(video, text, row_tokens, row_text, names=None):
-    """Raise UserError where a sample fits in no row, has no tokens, or there is none at all; [n] int64 each."""
+    """Raise UserError where a sample fits in no row, has no tokens, or there is none at all; [n] integers each.
+
+    names: function index -> what to call a sample in an error; default "sample 7".
+    """
     if not len(video):
         raise UserError("there is no sample to pack: the data set is empty")
     call = names or (lambda i: f"sample {i}")
@@ -172,106 +97,305 @@ def check_fits(video, text, row_tokens, row_text, names=None):
             raise UserError(f"{call(int(lengths.argmin()))} has no {what}: leave it out")
 
 
-def _pack(video, text, order, row_tokens, row_text, max_segments, window):
-    """Lookahead packing. Returns starts int64 [R + 1] and samples int64 [n], rows in order of their oldest."""
-    n = len(order)
-    least_video, least_text = int(video.min()), int(text.min())
-    samples, starts = array("q"), array("q", [0])
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Table:
+    """Rows as a table: row r holds samples[starts[r]:starts[r + 1]]; int64 both."""
 
-    # `waiting` holds one number a sample, sorted: its video tokens above, how young it is below, so that the
-    # last number under a bound is the oldest of the largest samples that fit. `slots`: text of those waiting.
-    waiting, slots = [], {}
-    arrivals = _arrivals(video, text, order)
-    for number, size in arrivals:
-        insort(waiting, number)
-        slots[number] = size
-        if len(waiting) == window:
-            break
-    oldest = iter(_numbers(video, order))
-    take = samples.append
-    while waiting:
-        number = next(oldest)
-        while number not in slots:
-            number = next(oldest)
-        index = bisect_left(waiting, number)
-        room_video, room_text, room_segments = row_tokens, row_text, max_segments
-        while True:
-            del waiting[index]
-            room_video -= number >> 32
-            room_text -= slots.pop(number)
-            room_segments -= 1
-            take(_LOW - (number & _LOW))
-            for new, size in arrivals:  # one leaves, one comes in
-                insort(waiting, new)
-                slots[new] = size
-                break
-            if room_video < least_video or room_text < least_text or not room_segments:
-                break
-            index = bisect_right(waiting, (room_video << 32) | _LOW) - 1
-            while index >= 0 and slots[waiting[index]] > room_text:
-                index -= 1
-            if index < 0:
-                break
-            number = waiting[index]
-        starts.append(len(samples))
-    assert len(samples) == n
-    return np.array(starts, np.int64), order[np.array(samples, np.int64)]
+    starts: np.ndarray
+    samples: np.ndarray
+
+    def __len__(self):
+        return len(self.starts) - 1
+
+    def row(self, index):
+        return self.samples[self.starts[index] : self.starts[index + 1]]
+
+    def take(self, rows):
+        return _Table(*gather_rows(self.starts, self.samples, rows))
+
+    def __add__(self, other):
+        starts = np.concatenate([self.starts, other.starts[1:] + self.starts[-1]])
+        return _Table(starts, np.concatenate([self.samples, other.samples]))
 
 
-def _numbers(video, order, chunk=1 << 16):
-    """For each sample as it arrives: video tokens * 2^32 + how young it is. In chunks: Python ints are large."""
-    for start in range(0, len(order), chunk):
-        part = order[start : start + chunk]
-        yield from ((video[part] << 32) | (_LOW - np.arange(start, start + len(part)))).tolist()
+_EMPTY = _Table(np.zeros(1, np.int64), np.zeros(0, np.int64))
 
 
-def _arrivals(video, text, order, chunk=1 << 16):
-    """Pairs of a sample's number, as above, and its text slots."""
-    texts = (size for start in range(0, len(order), chunk) for size in text[order[start : start + chunk]].tolist())
-    return zip(_numbers(video, order, chunk), texts)
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Start:
+    """The state of an epoch's plan where a chunk begins; after the last chunk, its totals.
 
-
-def _order(rows, cost, ranks, rows_per_rank, rng):
-    """Order S * G rows into steps whose ranks carry equal cost. Returns (rows, imbalance)."""
-    num_steps = len(rows) // (ranks * rows_per_rank)
-    step_of = np.arange(len(rows)) // (ranks * rows_per_rank)
-    best, best_imbalance = np.arange(len(rows)), 1.0
-    if ranks > 1:
-        best_imbalance = np.inf
-        for sort_window in _SORT_WINDOWS:
-            by_cost = np.lexsort((-cost, step_of // sort_window)).reshape(num_steps, rows_per_rank, ranks)
-            dealt, load = _deal(by_cost, cost)  # [S, ranks, rows_per_rank], [S, ranks]
-            imbalance = float(load.max(axis=1).sum() / load.mean(axis=1).sum())
-            if imbalance < best_imbalance:
-                best, best_imbalance = dealt, imbalance
-            if best_imbalance <= _TARGET_IMBALANCE or sort_window >= num_steps:
-                break
-        # Rank 0 would always get the largest row: which rank gets which share is drawn for each step.
-        best = best[np.arange(num_steps)[:, None], rng.random((num_steps, ranks)).argsort(axis=1)]
-    best = best.reshape(num_steps, -1)[rng.permutation(num_steps)]
-    return rows[best.ravel()], best_imbalance
-
-
-def _deal(by_cost, cost):
-    """Deal each step's rows [S, rows_per_rank, ranks], costliest first, to the ranks: largest to least loaded.
-
-    Longest processing time first, in rounds, so that each rank gets the same number of rows.
-    Returns rows [S, ranks, rows_per_rank] and load [S, ranks].
+    first_row: rows before it. waiting: int64 samples that wait, oldest first. held: rows too few for a step.
+    The sums count every new row once: rows, video tokens, text slots; and over steps the largest and the mean cost
+    of a rank. repeated: int64 rows that occur a second time.
     """
-    num_steps, rounds, ranks = by_cost.shape
-    dealt = np.empty((num_steps, ranks, rounds), np.int64)
-    load = np.zeros((num_steps, ranks))
-    steps = np.arange(num_steps)[:, None]
-    for turn in range(rounds):
-        least_loaded = load.argsort(axis=1, kind="stable")
-        dealt[steps, least_loaded, turn] = by_cost[:, turn]
-        load[steps, least_loaded] += cost[by_cost[:, turn]]
-    return dealt, load
+
+    first_row: int
+    waiting: np.ndarray
+    held: _Table
+    rows: int
+    video: int
+    text: int
+    largest: float
+    mean: float
+    repeated: np.ndarray
 
 
-def _gather(starts, packed, rows):
-    """The CSR table (starts, packed) with its rows put in the order `rows`."""
-    lengths = np.diff(starts)[rows]
-    row_starts = np.concatenate([[0], lengths.cumsum()]).astype(np.int64)
-    offsets = np.repeat(starts[rows] - row_starts[:-1], lengths)
-    return row_starts, packed[offsets + np.arange(row_starts[-1])]
+class EpochPlan:
+    """The rows of one epoch, in the order in which they are trained on; made by `PackPlan.epoch`.
+
+    Step k is rows k * G .. (k + 1) * G - 1, those of rank 0 first. The last step is filled up with rows of the last
+    chunk, which `repeated_rows` names; every other row is new, and the new rows hold every sample exactly once (or as
+    often as its weight says, see `data_pipelines.shuffle.epoch_counts`).
+
+    `row` plans as far as it must; everything that describes the epoch as a whole (its length, fill, ...) plans all.
+    """
+
+    def __init__(self, plan, epoch):
+        self._plan, self.epoch = plan, epoch
+        self.rows_per_step = plan.settings.rows_per_step
+        self._order = None  # with weights it is large: made where it is used
+        # Chunks of equal size: a short one at the end would be packed less well, and repeat more.
+        count = max(1, -(-plan.draws(epoch) // plan.chunk))
+        self._edges = [plan.draws(epoch) * c // count for c in range(count + 1)]
+        self._starts = [_Start(0, _EMPTY.samples, _EMPTY, 0, 0, 0, 0.0, 0.0, _EMPTY.samples)]
+        self._chunks = OrderedDict()
+
+    def row(self, index):
+        """Samples int64 [k] of one row."""
+        with self._plan.lock:
+            if index < 0 or not self.holds(index):
+                raise IndexError(f"epoch {self.epoch} has {len(self)} rows, not row {index}")
+            chunk = bisect_right(self._starts, index, key=lambda start: start.first_row) - 1
+            return self._chunk(chunk).row(index - self._starts[chunk].first_row)
+
+    def holds(self, index):
+        """Whether the epoch has more than `index` rows; plans no further than is needed to know."""
+        with self._plan.lock:
+            while self._starts[-1].first_row <= index and not self.complete:
+                self._chunk(len(self._starts) - 1)
+            return index < self._starts[-1].first_row
+
+    @property
+    def complete(self):
+        """Whether all of it has been planned."""
+        return len(self._starts) == len(self._edges)
+
+    def __len__(self):
+        return self._totals.first_row
+
+    @property
+    def num_steps(self):
+        """Steps of the epoch, all of them full."""
+        return len(self) // self.rows_per_step
+
+    @property
+    def repeated_rows(self):
+        """Rows that occur a second time to fill the last step: int64, fewer than G unless the epoch has fewer."""
+        return self._totals.repeated
+
+    @property
+    def repeated(self):
+        """How many rows occur a second time."""
+        return len(self.repeated_rows)
+
+    @property
+    def fill(self):
+        """Useful video tokens / all video tokens of the new rows."""
+        return self._totals.video / max(1, self._totals.rows * self._plan.settings.row_tokens)
+
+    @property
+    def text_fill(self):
+        """Useful text slots / all text slots of the new rows."""
+        return self._totals.text / max(1, self._totals.rows * self._plan.settings.row_text)
+
+    @property
+    def imbalance(self):
+        """Time of the epoch / its time if all ranks always had equal cost: sum of largest / sum of mean, >= 1."""
+        return self._totals.largest / self._totals.mean if self._totals.mean else 1.0
+
+    @property
+    def row_starts(self):
+        """int64 [R + 1]: row r holds samples[row_starts[r]:row_starts[r + 1]]. Plans, and holds, the whole epoch."""
+        return self._table.starts
+
+    @property
+    def samples(self):
+        """int64 [row_starts[-1]]: the samples of all rows, row after row."""
+        return self._table.samples
+
+    @property
+    def identity(self):
+        """That of the plan of all epochs."""
+        return self._plan.identity
+
+    @cached_property
+    def _table(self):
+        with self._plan.lock:
+            table = _EMPTY
+            for chunk in range(len(self._edges) - 1):
+                table = table + self._chunk(chunk)
+            return table
+
+    @property
+    def _totals(self):
+        with self._plan.lock:
+            while not self.complete:
+                self._chunk(len(self._starts) - 1)
+            return self._starts[-1]
+
+    def _chunk(self, chunk):
+        """Rows of a chunk as a table; plans all before it that have not been."""
+        for c in range(min(chunk, len(self._starts) - 1), chunk + 1):
+            if c not in self._chunks:
+                rows, after = self._make(c)
+                self._chunks[c] = rows
+                if c + 1 == len(self._starts):
+                    self._starts.append(after)
+            self._chunks.move_to_end(c)
+            while len(self._chunks) > _KEPT_CHUNKS:
+                self._chunks.popitem(last=False)
+        return self._chunks[chunk]
+
+    def _make(self, chunk):
+        """(rows as a table, _Start of the next chunk)."""
+        plan, settings, start = self._plan, self._plan.settings, self._starts[chunk]
+        last = chunk == len(self._edges) - 2
+        if self._order is None:
+            self._order = plan.order(self.epoch)
+        samples = np.concatenate([start.waiting, self._order.take(self._edges[chunk], self._edges[chunk + 1])])
+        row_starts, members, left = pack_rows(plan.video[samples], plan.text[samples], settings, last)
+        new = _Table(row_starts, samples[members])
+        rows = start.held + new
+        count, size = len(rows), self.rows_per_step
+        # What fills no step goes on to the next chunk; at the end of the epoch, rows are repeated (wrapping around).
+        used = -(-count // size) * size if last else count // size * size
+        order = np.arange(used) % max(count, 1)
+        cost = row_costs(plan.video[rows.samples], rows.starts, settings)
+        order, largest, mean = order_rows(order, cost[order], settings, fold(settings.seed, self.epoch, 2, chunk))
+        ordered = rows.take(order)
+        after = _Start(
+            first_row=start.first_row + used,
+            waiting=samples[left],
+            held=rows.take(np.arange(used, count)),
+            rows=start.rows + len(new),
+            video=start.video + int(plan.video[new.samples].sum(dtype=np.int64)),
+            text=start.text + int(plan.text[new.samples].sum(dtype=np.int64)),
+            largest=start.largest + largest,
+            mean=start.mean + mean,
+            repeated=start.first_row + _second_times(order),
+        )
+        return ordered, after
+
+    def __getstate__(self):  # for workers: rows are quicker made than sent
+        state = {**self.__dict__, "_chunks": OrderedDict(), "_order": None}
+        state.pop("_table", None)
+        return state
+
+
+def _second_times(order):
+    """Places int64 at which `order` has a number that it has earlier."""
+    first = np.zeros(len(order), bool)
+    first[np.unique(order, return_index=True)[1]] = True
+    return np.flatnonzero(~first)
+
+
+class PackPlan:
+    """The rows of all epochs, one epoch after the other, each of whole steps.
+
+    Args:
+      video_tokens: [n] patches of each sample, >= 1. text_tokens: [n] text slots it takes, empty slot included.
+      weights: float64 [n] or None: how often a sample comes in an epoch on average, >= 0; None means once.
+      names: function index -> what to call a sample in an error; default "sample 7".
+      settings: those of `PackSettings`.
+
+    Holds int32 copies of the lengths (none where they are int32 already) and little else. Safe to use from threads.
+    Raises UserError where there is no sample, one does not fit in a row or has no tokens, or weights are impossible.
+    """
+
+    def __init__(self, video_tokens, text_tokens, *, weights=None, names=None, **settings):
+        self.settings = PackSettings(**settings)
+        video, text = np.asarray(video_tokens), np.asarray(text_tokens)
+        if video.ndim != 1 or video.shape != text.shape:
+            raise ValueError(f"video_tokens {video.shape} and text_tokens {text.shape} must both be [n]")
+        check_fits(video, text, self.settings.row_tokens, self.settings.row_text, names)
+        self.video, self.text = (np.ascontiguousarray(x, np.int32) for x in (video, text))
+        self.weights = None if weights is None else _checked(weights, len(video), names)
+        samples_a_row = -(-self.settings.row_tokens * len(video) // int(self.video.sum(dtype=np.int64)))
+        self.chunk = max(self.settings.chunk, _STEPS_A_CHUNK * self.settings.rows_per_step * samples_a_row)
+        self.lock = threading.RLock()
+        self._first_rows = [0]  # global index of the first row of each epoch known so far, and of the one after
+        self._epochs, self._identity = OrderedDict(), None
+
+    @property
+    def identity(self):
+        """Hash of the lengths, the weights and every setting: equal plans, equal identity."""
+        if self._identity is None:
+            digest = hashlib.sha256(repr((VERSION, self.chunk, dataclasses.astuple(self.settings))).encode())
+            for array, kind in ((self.video, "<i4"), (self.text, "<i4"), (self.weights, "<f8")):
+                if array is not None:
+                    digest.update(np.ascontiguousarray(array, kind))
+            self._identity = digest.hexdigest()[:16]
+        return self._identity
+
+    def epoch(self, epoch):
+        """The `EpochPlan` of an epoch."""
+        with self.lock:
+            if epoch not in self._epochs:
+                self._epochs[epoch] = EpochPlan(self, epoch)
+            self._epochs.move_to_end(epoch)
+            while len(self._epochs) > _KEPT_EPOCHS:
+                self._epochs.popitem(last=False)
+            return self._epochs[epoch]
+
+    def locate(self, index):
+        """(epoch, row of the epoch) of a global row index; plans no further than that row."""
+        if index < 0:
+            raise IndexError(f"rows are numbered from 0, got {index}")
+        with self.lock:
+            epoch = bisect_right(self._first_rows, index) - 1
+            while not (epoch + 1 < len(self._first_rows) or self.epoch(epoch).holds(index - self._first_rows[epoch])):
+                # How many rows an epoch has is known only from its plan.
+                self._first_rows.append(self._first_rows[epoch] + len(self.epoch(epoch)))
+                epoch = bisect_right(self._first_rows, index) - 1
+            return epoch, index - self._first_rows[epoch]
+
+    def row(self, index):
+        """Samples int64 [k] of a global row."""
+        with self.lock:
+            epoch, row = self.locate(index)
+            return self.epoch(epoch).row(row)
+
+    def order(self, epoch):
+        """The `EpochOrder` of an epoch."""
+        return EpochOrder(len(self.video), self.settings.seed, epoch, self.weights)
+
+    def draws(self, epoch):
+        """How many samples an epoch has, each counted as often as it comes."""
+        return len(self.video) if self.weights is None else len(self.order(epoch))
+
+    def __getstate__(self):  # for workers: a lock does not travel
+        return {**self.__dict__, "lock": None}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self.lock = threading.RLock()
+
+
+def _checked(weights, count, names):
+    weights = np.ascontiguousarray(weights, np.float64)
+    if weights.shape != (count,):
+        raise ValueError(f"weights {weights.shape} must be [{count}], one a sample")
+    wrong = ~(np.isfinite(weights) & (weights >= 0))
+    if wrong.any():
+        worst = int(wrong.argmax())
+        name = names(worst) if names else f"sample {worst}"
+        raise UserError(f"{name} has weight {weights[worst]}: give it a number >= 0, 0 to leave it out")
+    if weights.sum() < 1:
+        raise UserError(f"the weights add up to {weights.sum():g} samples an epoch: make them larger, 1 being once")
+    return weights
+
+
+def plan_epoch(video_tokens, text_tokens, *, epoch, weights=None, names=None, **settings):
+    """The `EpochPlan` of one epoch; arguments and errors as in `PackPlan`. A pure function of the arguments."""
+    return PackPlan(video_tokens, text_tokens, weights=weights, names=names, **settings).epoch(epoch)

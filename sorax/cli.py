@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 
-from sorax import backend
+from sorax import backend, cli_data
 from sorax.errors import UserError
 
 
@@ -47,6 +47,19 @@ def _parse(argv):
     train.add_argument("--config.KEY=VALUE", dest="_", help="override any key, such as --config.optim.lr=1e-4")
     train.set_defaults(takes_overrides=True)
 
+    encode = verb(encode_verb, "encode", "write the latents of videos, once for all trainings, or check them")
+    encode.add_argument("--config", default="", help="DiT experiment whose data section names the videos")
+    encode.add_argument("--vae", default="", help="run of the VAE, or of a DiT that has one (default: config.vae.path)")
+    encode.add_argument("--out", default="", help="folder of the latents; train with --config.data.path=shards:FOLDER")
+    encode.add_argument("--shards", type=int, default=0, help="number of files (default: as many as stay below 256 MB)")
+    encode.add_argument("--tokenizer", default="", help="run or latents whose tokenizer to use (default: a new one)")
+    encode.add_argument("--verify", default="", metavar="FOLDER", help="check latents that are there; writes nothing")
+    encode.add_argument("--coordinator", default="", help="HOST:PORT of process 0, where several processes encode")
+    encode.add_argument("--processes", type=int, default=1, help="how many there are")
+    encode.add_argument("--process", type=int, default=0, help="number of this one, from 0")
+    encode.add_argument("--config.KEY=VALUE", dest="_", help="override any key, such as --config.data.path=FOLDER")
+    encode.set_defaults(takes_overrides=True)
+
     sample = verb(sample_verb, "sample", "make videos from prompts with a trained run")
     sample.add_argument("--run", required=True, dest="workdir", help="run folder")
     sample.add_argument("--prompt", action="append", required=True, help="what to show; may be given several times")
@@ -73,9 +86,12 @@ def _parse(argv):
     export.add_argument("--dtype", choices=("f32", "bf16"), default="f32")
     export.add_argument("--weights", choices=("ema", "raw"), default="ema")
 
+    cli_data.add_verbs(verbs)
+
     arguments, rest = parser.parse_known_args(argv)
-    overrides = [text.removeprefix("--config.") for text in rest if text.startswith("--config.")]
-    unknown = [text for text in rest if not text.startswith("--config.")]
+    prefix = getattr(arguments, "prefix", "--config.")
+    overrides = [text.removeprefix(prefix) for text in rest if text.startswith(prefix)]
+    unknown = [text for text in rest if not text.startswith(prefix)]
     if unknown or (overrides and not arguments.takes_overrides):
         parser.error(f"unknown argument {(unknown or rest)[0]!r}")
     return arguments, overrides
@@ -83,10 +99,47 @@ def _parse(argv):
 
 def train_verb(arguments, overrides):
     from sorax import config
+    from sorax.objectives import complete
     from sorax.train import train
 
-    train(config.load_config(arguments.config, overrides), arguments.workdir)
+    train(config.load_config(arguments.config, overrides, complete), arguments.workdir)
     print(f"run: {arguments.workdir}")
+
+
+def encode_verb(arguments, overrides):
+    if arguments.verify:
+        _verify(arguments.verify)
+        return
+    if not arguments.config or not arguments.out:
+        raise UserError("sorax encode needs --config and --out (or --verify FOLDER): name an experiment and a folder")
+    import jax
+
+    if arguments.coordinator:
+        jax.distributed.initialize(arguments.coordinator, arguments.processes, arguments.process)
+    from sorax import config as config_lib
+    from sorax.dit_data import encode_experiment
+    from sorax.objectives import complete
+
+    config = config_lib.load_config(arguments.config, overrides, complete)
+    encode_experiment(config, arguments.vae, arguments.out, num_shards=arguments.shards,
+                      tokenizer_folder=arguments.tokenizer)  # fmt: skip
+    print(f"latents: {arguments.out}, train with --config.data.path=shards:{arguments.out}")
+
+
+def _verify(folder):
+    from data_pipelines.latent_shards import read_manifest, verify
+    from data_pipelines.latent_writer import splits
+    from sorax.runlog import Progress
+
+    total = sum(read_manifest(folder, split)["count"] for split in splits(folder))
+    with Progress("verify", total, unit="samples") as progress:
+        problems = verify(folder, progress.advance)
+    for problem in problems:
+        print(problem)
+    if problems:
+        raise UserError(f"{folder} is damaged, {len(problems)} problem(s) are listed above: delete the files named "
+                        "there and run the `sorax encode` that made them again")  # fmt: skip
+    print(f"{folder}: every shard and record is as it was written")
 
 
 def quickstart(arguments, _):
@@ -95,12 +148,13 @@ def quickstart(arguments, _):
     import time
 
     from sorax import config
+    from sorax.objectives import complete
     from sorax.train import train
 
     began, workdir = time.monotonic(), arguments.workdir
     path = importlib.util.find_spec("experiments.quickstart").origin
     report, exported = os.path.join(workdir, "report"), os.path.join(workdir, "diffusers")
-    train(config.load_config(path), workdir)
+    train(config.load_config(path, complete=complete), workdir)
     if not os.path.exists(os.path.join(report, "scores.json")):
         _evaluate(workdir, report, 0)
     if not os.path.exists(exported):

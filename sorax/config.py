@@ -19,8 +19,12 @@ CONFIG_FILE = "config.json"
 MAY_CHANGE = ("train.steps", "train.log_every", "checkpoint", "eval", "mesh")
 
 
-def load_config(path: str, overrides=()) -> ml_collections.ConfigDict:
+def load_config(path: str, overrides=(), complete=None) -> ml_collections.ConfigDict:
     """Loads an experiment file and applies overrides such as `a.b=v`.
+
+    Args:
+        complete: function config -> None that adds what the file leaves to its default, so that it can be overridden
+            and is written down with the run.
 
     Raises:
         UserError: no such file, no `get_config`, an unknown key or a value of the wrong type.
@@ -36,7 +40,10 @@ def load_config(path: str, overrides=()) -> ml_collections.ConfigDict:
         raise UserError(f"config {path!r} cannot be loaded: {type(error).__name__}: {error}") from error
     if not hasattr(module, "get_config"):
         raise UserError(f"config {path!r} has no get_config(): define one that returns an ml_collections.ConfigDict")
-    return apply_overrides(module.get_config(), overrides)
+    config = module.get_config()
+    if complete is not None:
+        complete(config)
+    return apply_overrides(config, overrides)
 
 
 def apply_overrides(config, overrides):
@@ -83,6 +90,14 @@ def _parse(text, old, name):
     if old is not None and type(value) is not type(old):
         raise UserError(f"{name} takes a {type(old).__name__} such as {old!r}, got {text!r}")
     return value
+
+
+def add_defaults(section, cls):
+    """Adds the fields of a dataclass that a section leaves to their defaults."""
+    with section.unlocked():
+        for field in dataclasses.fields(cls):
+            if field.name not in section and field.default is not dataclasses.MISSING:
+                section[field.name] = field.default
 
 
 def build(cls, section, where: str):

@@ -24,6 +24,7 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
+from data_pipelines.latent_shards import source_of
 from data_pipelines.sources import open_source
 from data_pipelines.world import World
 from data_pipelines.world_sampling import lead_motions
@@ -150,11 +151,12 @@ def load_splits(data, vae_config, num_clips: int, spatial_multiple: int) -> dict
     """What is scored: split -> clips, of a config's `data` section.
 
     Of the world: the splits test and heldout, in the run's commonest shape of more than one frame, with a single object
-    a clip if its motions allow that. Of a folder: at most `num_clips` of its videos, spread evenly.
+    a clip if its motions allow that. Of a folder: at most `num_clips` of its videos, spread evenly. Of latent shards:
+    the videos that they were encoded from.
     """
     if num_clips < 1:
         raise UserError(f"{num_clips} clips cannot be scored: ask for at least 1")
-    source = open_source(data, spatial_multiple=spatial_multiple, temporal_stride=vae_config.temporal_stride)
+    source = open_source(source_of(data), spatial_multiple=spatial_multiple, temporal_stride=vae_config.temporal_stride)
     if not isinstance(source, World):
         indices = np.unique(np.linspace(0, len(source) - 1, min(num_clips, len(source))).astype(int))
         return {"folder": _read(source, indices, truths=False)}

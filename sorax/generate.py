@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from data_pipelines.loader import RowSource
+from data_pipelines.rows import RowSource
 from data_pipelines.text_tokens import Tokenizer
 from sorax import functional
 from sorax.dit import DiT, DiTConfig
@@ -45,7 +45,8 @@ class _RequestExamples:
     """Requests as the loader's examples: noise for latents, and captions padded to what both branches need."""
 
     def __init__(self, noises, tokens, lengths):
-        self.noises, self.tokens, self.lengths = noises, tokens, lengths
+        self.noises, self.tokens = noises, tokens
+        self.shapes, self.text_lengths = np.array([z.shape[:3] for z in noises], np.int32), np.array(lengths, np.int32)
 
     def __len__(self):
         return len(self.noises)
@@ -53,14 +54,8 @@ class _RequestExamples:
     def key(self, i):
         return f"request {i}"
 
-    def shape(self, i):
-        return self.noises[i].shape[:3]
-
-    def text_length(self, i):
-        return self.lengths[i]
-
     def __getitem__(self, i):
-        padding = self.lengths[i] - len(self.tokens[i])
+        padding = self.text_lengths[i] - len(self.tokens[i])
         return dict(latents=self.noises[i], text_tokens=np.pad(self.tokens[i], (0, padding), constant_values=PAD_ID))
 
 

@@ -11,24 +11,24 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from data_pipelines.loader import RowSource, make_clip_loader, make_loader
+from data_pipelines.loader import make_clip_loader, make_loader
 from data_pipelines.packing import token_costs
+from data_pipelines.rows import RowSource
 from data_pipelines.sources import open_source
-from data_pipelines.text_tokens import TOKENIZER_FILE, Tokenizer
 from sorax import config as config_lib
-from sorax import flops, flow, functional, media, sharding
+from sorax import flops, flow, functional, media, runlog, sharding
 from sorax.dit import DiT, DiTConfig
-from sorax.encode import Codec, encode_source, source_identity
+from sorax.dit_data import held_out_source, prepare_data, prepare_vae
+from sorax.encode import Codec, source_identity
 from sorax.errors import UserError
 from sorax.generate import Generator, Request
 from sorax.metrics import psnr
-from sorax.runs import load_vae, vae_folder
+from sorax.optim import OptimConfig
 from sorax.text import TextConfig, TextEncoder, drop_captions, slot_bias
 from sorax.vae import VAE, VAEConfig
 
 VALIDATION_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 SIGMA_BINS = 4
-MAX_CAPTIONS = 100_000  # that a tokenizer is trained on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,17 +57,29 @@ class Objective:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """The `data` section. `path`: "world" or a folder of captioned videos; for a DiT's VAE "" means the DiT's own.
+    """The `data` section. `path`: see `open_source`; for a DiT's VAE "" means the DiT's own; for a DiT "shards:FOLDER"
+    are latents that `sorax encode` has written.
 
-    max_tokens, max_frames, fps: a folder's videos are cut and scaled to these; see `FolderSource`.
+    max_tokens, max_frames, fps: videos are cut and scaled to these; see `Fit`.
+    val_path, val_split: what validation looks at, read like path and split. Where both are "", it is the world's own
+    test split, the split "val" of latent shards that have one, and else the first val_samples training samples.
     """
 
     path: str = "world"
     world: Any = dataclasses.field(default_factory=dict)
+    mixture: tuple = ()  # in place of path: dicts of a path, a weight and what else that path needs
+    split: str = ""  # TFDS only, as are the next three
+    data_dir: str = ""
+    video_key: str = ""
+    caption_key: str = ""
+    val_path: str = ""
+    val_split: str = ""
     fps: float = 0.0  # 0: each file's own
     max_frames: int = 81
     min_frames: int = 1
     max_tokens: int = 4096
+    oversize: str = "scale"  # what is done to a video over max_tokens: scale, trim (in time) or refuse
+    index: str = ""  # of a folder, made by `sorax data index`; "": the folder is indexed when the run starts
     workers: int = 0
     batch: int = 8  # clips a step (VAE), rows a step (DiT)
     # VAE only
@@ -79,6 +91,8 @@ class DataConfig:
     row_text: int = 4096
     max_segments: int = 64
     val_samples: int = 64
+    ranks: int = 0  # shares of a batch that have equal cost; 0: as many as the mesh has when the run starts
+    posterior: str = "mean"  # of latents: "mean", or "sample" for a new draw each time that a sample comes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,8 +141,35 @@ def make_objective(config, workdir: str, mesh) -> Objective:
     return makers[config.kind](config, workdir, mesh)
 
 
+def complete(config):
+    """Adds to an experiment what it leaves to its defaults; the sections that make a network are whole already."""
+    from sorax.train import CheckpointConfig, TrainConfig
+
+    sections = dict(data=DataConfig, optim=OptimConfig, train=TrainConfig, checkpoint=CheckpointConfig, eval=EvalConfig,
+                    loss=VAELossConfig, flow=FlowConfig)  # fmt: skip
+    for name, cls in sections.items():
+        if name in config:
+            config_lib.add_defaults(config[name], cls)
+    if "vae" in config and "kind" in config.vae:
+        complete(config.vae)
+
+
+def keep_ranks(config, workdir: str, mesh):
+    """Config of a DiT run that says for how many data-parallel ranks its rows are balanced: those of the mesh that it
+    started on. So a run that goes on elsewhere meets the same rows in the same order."""
+    if config.get("kind") != "dit" or config.data.get("ranks"):
+        return config
+    ranks = mesh.shape["data"] * mesh.shape["fsdp"]
+    if os.path.exists(os.path.join(workdir, config_lib.CONFIG_FILE)):
+        ranks = config_lib.read_config(workdir).data.get("ranks") or ranks
+    config = config.copy_and_resolve_references()
+    with config.data.unlocked():
+        config.data.ranks = ranks
+    return config
+
+
 def _check_path(data):
-    if not data.path:
+    if not data.path and not data.mixture:
         raise UserError("config.data.path is empty: set --config.data.path=FOLDER (videos with captions), or =world")
 
 
@@ -147,7 +188,8 @@ def vae_objective(config, workdir: str, mesh) -> Objective:
     evaluation = config_lib.build(EvalConfig, config.eval, "eval")
     dtype = compute_dtype(settings.dtype)
     _check_path(data)
-    grid = dict(spatial_multiple=model.spatial_stride, temporal_stride=model.temporal_stride)
+    grid = dict(spatial_multiple=model.spatial_stride, temporal_stride=model.temporal_stride,
+                index_cache=os.path.join(workdir, "index"), index_progress=runlog.reporter("index"))  # fmt: skip
     source = open_source(config.data, **grid)
     held_out = held_out_source(config.data, **grid)
     graphdef, _ = functional.abstract(VAE, model)
@@ -206,41 +248,10 @@ def vae_objective(config, workdir: str, mesh) -> Objective:
     )  # fmt: skip
 
 
-def held_out_source(data, split: str = "test", **overrides):
-    """What validation looks at: the world's own split; for a folder the folder itself (it has no other part)."""
-    return open_source(data, split=split, **overrides)
-
-
 def write_samples(folder, step, videos, captions):
     """A contact sheet of a step's videos in the run folder."""
     os.makedirs(folder, exist_ok=True)
     media.write_sheet(os.path.join(folder, f"step_{step:07d}.png"), videos, captions)
-
-
-def prepare_vae(config, workdir: str):
-    """(config, params, identity) of the VAE that a DiT experiment asks for; trained first if it is not there."""
-    from sorax.train import train
-
-    folder = vae_folder(config, workdir)
-    if not config.vae.get("path"):
-        experiment = config.vae.copy_and_resolve_references()
-        if not experiment.data.path:
-            experiment.data.path = config.data.path
-        train(experiment, folder, title="1/2 VAE")
-    return load_vae(folder)
-
-
-def prepare_tokenizer(source, vocab_size: int, workdir: str) -> Tokenizer:
-    """The tokenizer of a run folder, of at most vocab_size tokens; trained on the source's captions if none is there.
-
-    Raises UserError where the file is broken or has more tokens, or where vocab_size is too small to train one.
-    """
-    if os.path.exists(os.path.join(workdir, TOKENIZER_FILE)):
-        return Tokenizer.load(workdir, vocab_size)
-    indices = np.linspace(0, len(source) - 1, min(MAX_CAPTIONS, len(source))).astype(int).tolist()
-    tokenizer = Tokenizer.train((source.spec(i).caption for i in indices), vocab_size)
-    tokenizer.save(workdir)
-    return tokenizer
 
 
 def dit_objective(config, workdir: str, mesh) -> Objective:
@@ -257,6 +268,14 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
 
     # --- Data: latents of every sample, made once
     _check_path(data)
+    here = mesh.shape["data"] * mesh.shape["fsdp"]
+    ranks = data.ranks or here
+    if data.batch % here:
+        raise UserError(f"config.data.batch is {data.batch} rows, which {here} data-parallel ranks cannot share "
+                        "equally: make it a multiple, or set mesh.data x mesh.fsdp to a divisor of it")  # fmt: skip
+    if ranks != here:
+        print(f"rows are balanced for {ranks} data-parallel ranks, as when the run began; here are {here}: the batches "
+              "are the same, but not every rank has equal work")  # fmt: skip
     vae_config, vae_params, vae_identity = prepare_vae(config, workdir)
     if model.in_channels != vae_config.latent_channels or text_model.width != model.text_dim:
         raise UserError(
@@ -264,20 +283,12 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
             f"makes {vae_config.latent_channels} and config.text {text_model.width}: make them equal"
         )
     codec = Codec(vae_config, vae_params)
-    grid = dict(spatial_multiple=vae_config.spatial_stride * model.patch_size[1],
-                temporal_stride=vae_config.temporal_stride)  # fmt: skip
-    latent_folder = os.path.join(workdir, "latents")
-    source = open_source(config.data, **grid)
-    tokenizer = prepare_tokenizer(source, text_model.vocab_size, workdir)
-    examples = encode_source(codec, source, tokenizer, os.path.join(latent_folder, "train.npz"), vae_identity)
-    held_out = held_out_source(config.data, num_samples=data.val_samples, **grid)
-    val_cache = os.path.join(latent_folder, "val.npz")
-    val_examples = encode_source(codec, held_out, tokenizer, val_cache, vae_identity, title="encode val")
-    ranks = mesh.shape["data"] * mesh.shape["fsdp"]
+    tokenizer, examples, val_examples = prepare_data(config, workdir, codec, vae_identity)
     cost_a, cost_b = token_costs(model.width, model.ffn_dim)
     row_options = dict(row_tokens=data.row_tokens, row_text=data.row_text, max_segments=data.max_segments,
                        patch_size=model.patch_size, batch_size=data.batch, ranks=ranks)  # fmt: skip
-    rows = RowSource(examples, seed=settings.seed, cost_a=cost_a, cost_b=cost_b, **row_options)
+    rows = RowSource(examples, seed=settings.seed, posterior=data.posterior, cost_a=cost_a, cost_b=cost_b,
+                     **row_options)  # fmt: skip
     val_rows = RowSource(val_examples, seed=0, **row_options)
 
     # --- Model
@@ -338,16 +349,17 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
         here = jax.device_get(params)
         generator = Generator(model, here["dit"], text_model, here["text"], tokenizer, codec)
         some = range(min(evaluation.num_videos, len(val_examples)))
-        requests = [Request(val_examples.captions[i], *val_examples.video_shapes[i], seed=i) for i in some]
+        shapes = val_examples.video_shapes.tolist()
+        requests = [Request(val_examples.caption(i), *shapes[i], seed=i) for i in some]
         made = generator.videos(requests, num_steps=evaluation.num_steps, guidance_scale=evaluation.guidance_scale,
                                 shift=flow_config.sample_shift)  # fmt: skip
         write_samples(folder, step, made, [r.prompt for r in requests])
         videos = {f"sample/{i}": video for i, video in enumerate(made)}
-        return metrics, videos, val_examples.fps[0]
+        return metrics, videos, float(val_examples.fps[0])
 
     return Objective(
         name="DiT",
-        identity=f"{rows.identity}-{vae_identity}-{source_identity(source)}-{tokenizer.identity}",
+        identity=f"{rows.identity}-{examples.identity}",
         init=init,
         loss=loss,
         batches=lambda step: make_loader(rows, start_step=step, num_workers=data.workers, **_options()),

@@ -56,6 +56,17 @@ def patchify(latents, patch_size=PATCH_SIZE):
     return rearrange(latents, pattern, pt=pt, ph=ph, pw=pw)
 
 
+def patch_view(latents, patch_size=PATCH_SIZE, order="in"):
+    """Latents [t, h, w, C] as patches [t/pt, h/ph, w/pw, C, pt, ph, pw], or [..., pt, ph, pw, C] for order "out".
+
+    As `patchify`, but with no axes joined: of a numpy array, it is a view. Raises ValueError as `grid` does.
+    """
+    grid(latents.shape[:3], patch_size)
+    pt, ph, pw = patch_size
+    pattern = f"(t pt) (h ph) (w pw) c -> t h w {_order(order).strip('()')}"
+    return rearrange(latents, pattern, pt=pt, ph=ph, pw=pw)
+
+
 def unpatchify(patches, shape, patch_size=PATCH_SIZE, order="in"):
     """Put patches [..., N, P] together: latents [..., t, h, w, C]. With order "in" the inverse of `patchify`.
 

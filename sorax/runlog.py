@@ -1,5 +1,6 @@
 """What a run says while it runs: metrics.jsonl, TensorBoard events, and a progress bar or plain lines."""
 
+import atexit
 import json
 import os
 import sys
@@ -100,3 +101,19 @@ class Progress:
             left = elapsed / max(done - self.start, 1) * (self.total - done)
             times = f"{elapsed:.0f} s, {left:.0f} s left"
             print(f"{self.title}: {done}/{self.total} {self.unit}, {times}{', ' + note if note else ''}", flush=True)
+
+
+def reporter(title: str, unit: str = "samples"):
+    """A function (done, total) that shows a Progress from its first call until all is done."""
+    bars = []
+
+    def report(done: int, total: int):
+        if not bars:
+            bars.append(Progress(title, total, unit=unit).__enter__())
+            atexit.register(bars[0].__exit__)  # an interrupt must not leave the terminal without its cursor
+        bars[0].advance(done)
+        if done >= total:
+            atexit.unregister(bars[0].__exit__)
+            bars.pop().__exit__()
+
+    return report

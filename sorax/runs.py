@@ -9,6 +9,8 @@ import os
 import jax
 from jax.sharding import SingleDeviceSharding
 
+from data_pipelines.latent_shards import LatentShards, is_shards, shards_folder
+from data_pipelines.latent_writer import splits
 from data_pipelines.sources import open_source
 from data_pipelines.text_tokens import Tokenizer
 from sorax import config as config_lib
@@ -46,12 +48,20 @@ class Run:
 
     def usual_shape(self) -> tuple[int, int, int, float]:
         """(frames, height, width, fps) that the run saw most among its first validation samples."""
-        vae, patch_size = self.networks.vae_config, self.networks.dit_config.patch_size
-        source = open_source(self.config.data, split="test", spatial_multiple=vae.spatial_stride * patch_size[1],
-                             temporal_stride=vae.temporal_stride)  # fmt: skip
-        specs = [source.spec(i) for i in range(min(len(source), 64))]
-        shapes = collections.Counter((s.num_frames, s.height, s.width, s.fps) for s in specs)
-        return shapes.most_common(1)[0][0]
+        data = self.config.data
+        paths = [part["path"] for part in data.get("mixture") or ()] or [data.path]
+        for folder in (os.path.join(self.workdir, "latents"), *map(shards_folder, filter(is_shards, paths))):
+            if there := splits(folder):
+                shards = LatentShards(folder, "val" if "val" in there else "train", first=64)
+                shapes = [(*shape, fps) for shape, fps in zip(shards.video_shapes.tolist(), shards.fps.tolist())]
+                break
+        else:  # the latents were deleted
+            vae, patch_size = self.networks.vae_config, self.networks.dit_config.patch_size
+            source = open_source(data, split="test", spatial_multiple=vae.spatial_stride * patch_size[1],
+                                 temporal_stride=vae.temporal_stride)  # fmt: skip
+            specs = [source.spec(i) for i in range(min(len(source), 64))]
+            shapes = [(s.num_frames, s.height, s.width, s.fps) for s in specs]
+        return collections.Counter(shapes).most_common(1)[0][0]
 
     def metadata(self, weights: str) -> dict:
         """What a model card says of the run; its scores, if this step was evaluated into the folder's `report/`."""

@@ -119,17 +119,18 @@ def train(config, workdir: str, *, title: str | None = None):
     Raises:
         UserError: the folder holds a run of another config or architecture, the data cannot be used, the disk is full.
     """
-    from sorax.objectives import make_objective
+    from sorax.objectives import keep_ranks, make_objective
 
-    # --- Config
+    # --- Config, mesh
     settings = config_lib.build(TrainConfig, config.train, "train")
     optim = config_lib.build(OptimConfig, config.optim, "optim")
     keeping = config_lib.build(CheckpointConfig, config.checkpoint, "checkpoint")
+    mesh = sharding.make_mesh(**config.mesh)
     os.makedirs(workdir, exist_ok=True)
+    config = keep_ranks(config, workdir, mesh)
     config_lib.save_config(config, workdir)
 
-    # --- Mesh, data, model
-    mesh = sharding.make_mesh(**config.mesh)
+    # --- Data, model
     objective = make_objective(config, workdir, mesh)
     title = title or f"train {objective.name}"
 

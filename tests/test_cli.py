@@ -170,7 +170,7 @@ def test_real_videos_train_at_native_shapes(tmp_path, capsys):
     assert rows[-1]["step"] == 2 and rows[-1]["loss"] > 0
 
 
-@pytest.mark.parametrize("verb", ["quickstart", "train", "sample", "evaluate", "export"])
+@pytest.mark.parametrize("verb", ["quickstart", "train", "encode", "sample", "evaluate", "export"])
 def test_every_verb_has_help(verb, capsys):
     with pytest.raises(SystemExit) as done:
         cli.main([verb, "--help"])

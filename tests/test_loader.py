@@ -1,58 +1,21 @@
 """Batches are a pure function of the step: however they are read, resumed or shared between processes."""
 
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
+from labelled_examples import Clips, Examples, Failing
 
-from data_pipelines.loader import RowSource, VideoClipSource, make_clip_loader, make_loader
-from data_pipelines.sources import SampleSpec
+from data_pipelines.clips import VideoClipSource
+from data_pipelines.loader import make_clip_loader, make_loader
+from data_pipelines.rows import RowSource
 from sorax.errors import UserError
-from sorax.patchify import num_tokens, patchify, positions
 
-SHAPES = [(1, 4, 4), (2, 4, 4), (3, 2, 6), (1, 2, 2), (3, 4, 6)]
 ROW_TOKENS, ROW_TEXT, BATCH = 20, 24, 4
-
-
-class Examples:
-    """Latents of mixed sizes, each filled with its own index; captions of 1 to 6 tokens that name it too."""
-
-    def __init__(self, count=30):
-        self.count = count
-
-    def __len__(self):
-        return self.count
-
-    def shape(self, index):
-        return SHAPES[index % len(SHAPES)]
-
-    def text_length(self, index):
-        return index % 6 + 1
-
-    def key(self, index):
-        return f"clip_{index}.mp4"
-
-    def __getitem__(self, index):
-        latents = np.random.default_rng(index).standard_normal((*self.shape(index), 2)).astype(np.float32)
-        return dict(latents=latents, text_tokens=np.full(self.text_length(index), index + 3, np.int32))
-
-
-class Clips:
-    """Videos of four shapes whose pixels tell which clip, frame, row and column they are."""
-
-    shapes = [(9, 32, 48), (9, 32, 48), (9, 32, 48), (1, 32, 32), (5, 16, 16), (17, 48, 64)]
-
-    def __init__(self, count=24):
-        self.count = count
-
-    def __len__(self):
-        return self.count
-
-    def spec(self, index):
-        return SampleSpec(*self.shapes[index % len(self.shapes)], fps=8.0, caption="", key=f"clip_{index}")
-
-    def __getitem__(self, index):
-        t, h, w = self.shapes[index % len(self.shapes)]
-        frame, row, column = np.indices((t, h, w))
-        return dict(video=np.stack([frame + 20 * index % 256, row, column], -1).astype(np.uint8))
 
 
 def rows(examples=None, **options):
@@ -78,41 +41,6 @@ def steps_of_epoch(source, epoch=0):
     return source.plan(epoch).num_steps
 
 
-def test_row_holds_its_samples_end_to_end():
-    source, examples = rows(), Examples()
-    for index in range(len(source.plan(0))):
-        row = source[index]
-        assert row["tokens"].shape == (ROW_TOKENS, 8) and row["tokens"].dtype == np.float32
-        assert row["positions"].shape == (ROW_TOKENS, 3) and row["positions"].dtype == np.int32
-        samples = source.samples(index)
-        for segment, sample in enumerate(samples, start=1):
-            example, inside = examples[sample], row["segment_ids"] == segment
-            np.testing.assert_array_equal(row["tokens"][inside], patchify(example["latents"]))
-            np.testing.assert_array_equal(row["positions"][inside], positions(*examples.shape(sample)))
-            assert np.ptp(np.flatnonzero(inside)) + 1 == inside.sum() == num_tokens(examples.shape(sample))
-            # The caption, then one empty slot that belongs to it.
-            text = row["text_tokens"][row["text_segment_ids"] == segment]
-            np.testing.assert_array_equal(text, [*example["text_tokens"], 0])
-        padding = row["segment_ids"] == 0
-        assert not row["tokens"][padding].any() and not row["positions"][padding].any()
-        assert row["segment_ids"].max() == row["text_segment_ids"].max() == len(samples)
-        assert not row["text_tokens"][row["text_segment_ids"] == 0].any()
-
-
-@pytest.mark.parametrize("ranks, batch_size", [(1, 1), (2, 4), (4, 8)])
-def test_every_sample_exactly_once_an_epoch(ranks, batch_size):
-    source = rows(ranks=ranks, batch_size=batch_size)
-    index = 0
-    for epoch in range(3):
-        plan = source.plan(epoch)
-        new = [r for r in range(len(plan)) if r not in plan.repeated_rows]
-        seen = np.concatenate([source.samples(index + r) for r in new])
-        np.testing.assert_array_equal(np.sort(seen), np.arange(30))
-        assert source.locate(index) == (epoch, 0)
-        index += len(plan)
-    assert source.locate(index) == (3, 0)
-
-
 @pytest.mark.parametrize("prefetch", [0, 1, 3])
 def test_resumed_equals_uninterrupted(prefetch):
     # Long enough to cross from the first epoch into the third.
@@ -123,7 +51,7 @@ def test_resumed_equals_uninterrupted(prefetch):
     loader = make_loader(rows(), prefetch=prefetch)
     first = [next(loader) for _ in range(3)]
     state = loader.get_state()
-    assert state == 3
+    assert state == dict(step=3, identity=rows().identity)
     next(loader)
     loader.set_state(state)
     assert_equal_batches(whole, first + take(loader, count - 3))
@@ -141,31 +69,60 @@ def test_processes_share_the_same_global_batch(process_count):
 
 def test_workers_give_the_same_batches():
     whole = take(make_loader(rows()), 5)
-    assert_equal_batches(whole, take(make_loader(rows(), num_workers=1), 5))
     assert_equal_batches(whole[2:], take(make_loader(rows(), num_workers=2, start_step=2), 3))
 
 
-def test_identity_changes_with_data_and_settings():
-    same, again = rows(), rows()
-    assert same.identity == again.identity
-    others = [rows(Examples(29)), rows(seed=1), rows(row_tokens=21), rows(row_text=25), rows(batch_size=2)]
-    assert len({same.identity, *(other.identity for other in others)}) == 6
+def test_state_of_other_data_is_refused():
+    state = make_loader(rows()).get_state()
+    for other in (rows(Examples(29)), rows(seed=1), rows(window=3)):
+        with pytest.raises(UserError, match="not those of the checkpoint"):
+            make_loader(other).set_state(state)
+    clips = make_clip_loader(Clips(), batch_size=4, seed=3)
+    with pytest.raises(UserError, match="not those of the checkpoint"):
+        clips.set_state(make_clip_loader(Clips(), batch_size=4, seed=4).get_state())
 
 
-def test_oversize_samples_are_named():
-    with pytest.raises(UserError, match=r"clip_4\.mp4 has 18 video tokens, but a row holds 17.*at least 18"):
-        rows(row_tokens=17)
-    with pytest.raises(UserError, match=r"clip_5\.mp4 has 7 text tokens, but a row holds 6"):
-        rows(row_text=6)
+@pytest.mark.parametrize("num_workers, how", [(0, "raise"), (1, "unpicklable")])
+def test_an_error_of_a_reader_is_raised_and_names_the_sample(num_workers, how):
+    loader = make_loader(rows(Failing(7, how)), num_workers=num_workers)
+    with pytest.raises(RuntimeError, match=r"clip_7\.mp4 could not be read: .*moov atom"):
+        take(loader, steps_of_epoch(rows()))
+    loader.close()
 
 
-def test_data_that_differs_from_what_was_promised_is_an_error_not_a_wrong_row():
-    class Changed(Examples):
-        def __getitem__(self, index):
-            return dict(super().__getitem__(index), text_tokens=np.ones(3, np.int32))
+def test_a_reader_that_is_killed_is_noticed_and_the_sample_named():
+    loader = make_loader(rows(Failing(7, "kill")), num_workers=1)
+    with pytest.raises(UserError, match=r"a worker died while it read clip_7\.mp4"):
+        take(loader, steps_of_epoch(rows()))
+    assert loader._iterator is None and loader._notes is None
 
-    with pytest.raises(UserError, match=r"clip_\d+\.mp4 was planned as .* the data changed"):
-        take(make_loader(rows(Changed())), steps_of_epoch(rows()))
+
+ORPHANS = """
+import os, sys, time
+sys.path[:0] = {path!r}
+from labelled_examples import Examples
+from data_pipelines.loader import make_loader
+from data_pipelines.rows import RowSource
+if __name__ == "__main__":
+    loader = make_loader(RowSource(Examples(), row_tokens=20, row_text=24, batch_size=4, seed=0), num_workers=1)
+    next(loader)
+    print(os.listdir(loader._notes)[0], flush=True)
+    os._exit(1)
+"""
+
+
+def test_workers_do_not_outlive_a_process_that_dies(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(ORPHANS.format(path=[str(Path(__file__).parent), str(Path(__file__).parents[1])]))
+    run = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, env=os.environ | {"TMPDIR": str(tmp_path)}
+    )
+    worker = int(run.stdout)
+    for _ in range(100):
+        if not os.path.exists(f"/proc/{worker}"):
+            return
+        time.sleep(0.1)
+    pytest.fail("the worker goes on without its parent")
 
 
 def test_batches_that_cannot_be_shared_are_refused():
@@ -173,8 +130,6 @@ def test_batches_that_cannot_be_shared_are_refused():
         rows(ranks=3)
     with pytest.raises(UserError, match="multiple of 3"):
         make_loader(rows(), process_count=3)
-    with pytest.raises(ValueError, match="planned for 4"):
-        make_loader(rows(), batch_size=8)
 
 
 def test_clips_of_a_batch_have_one_shape_and_shapes_come_in_proportion():

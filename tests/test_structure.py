@@ -14,6 +14,7 @@ from data_pipelines.text_tokens import MIN_VOCAB
 from sorax import config as config_lib
 from sorax import objectives
 from sorax.dit import DiT, DiTConfig
+from sorax.errors import UserError
 from sorax.functional import abstract
 from sorax.optim import OptimConfig, make_tx
 from sorax.patchify import num_tokens
@@ -218,6 +219,16 @@ def test_every_experiment_builds(path):
     config = config_lib.load_config(str(path))
     assert config.kind in ("vae", "dit")
     (check_vae if config.kind == "vae" else check_dit)(config)
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_what_an_experiment_leaves_to_its_default_can_be_overridden_and_is_written_down(path):
+    overrides = ["data.oversize=trim", "optim.weight_decay=0.5", "train.remat=full"]
+    config = config_lib.load_config(str(path), overrides, objectives.complete)
+    assert (config.data.oversize, config.optim.weight_decay, config.train.remat) == ("trim", 0.5, "full")
+    assert config.checkpoint.keep == 1 and "oversize" in config.to_dict()["data"]
+    with pytest.raises(UserError, match="did you mean"):
+        config_lib.load_config(str(path), ["data.oversise=trim"], objectives.complete)
 
 
 def test_there_are_experiments():

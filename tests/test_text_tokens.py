@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from data_pipelines.sources import SampleSpec
 from data_pipelines.text_tokens import EOS_ID, MAX_TOKENS, MIN_VOCAB, PAD_ID, Tokenizer, clean
 from data_pipelines.world import World, WorldConfig
-from sorax import objectives
+from sorax import encode
+from sorax.dit_data import prepare_tokenizer
 from sorax.errors import UserError
 
 WORLD = World(WorldConfig(num_samples=500, num_objects=(1, 1), motions=("straight",)))
@@ -125,9 +126,10 @@ class Captions:
 
 def test_a_run_folder_keeps_its_tokenizer(tmp_path, monkeypatch):
     """Trained on captions from first to last; one that is there is read, if the vocabulary has room for it."""
-    monkeypatch.setattr(objectives, "MAX_CAPTIONS", 3)
-    made = objectives.prepare_tokenizer(Captions(["first", "no", "mid", "no", "last"]), 300, tmp_path)
+    monkeypatch.setattr(encode, "MAX_CAPTIONS", 3)
+    captions = encode.survey(Captions(["first", "no", "mid", "no", "last"])).captions
+    made = prepare_tokenizer(captions, 300, tmp_path)
     assert made.identity == Tokenizer.train(["first", "mid", "last"], 300).identity
-    assert objectives.prepare_tokenizer(Captions(["other"]), 300, tmp_path).identity == made.identity
+    assert prepare_tokenizer(["other"], 300, tmp_path).identity == made.identity
     with pytest.raises(UserError, match=rf"tokenizer.json has {made.vocab_size} tokens.*vocab_size is 260"):
-        objectives.prepare_tokenizer(Captions(["first"]), 260, tmp_path)
+        prepare_tokenizer(["first"], 260, tmp_path)

@@ -1,7 +1,10 @@
 """Small video files made on the spot, for the tests of everything that reads files."""
 
+import os
+
 import av
 import numpy as np
+from PIL import Image
 
 COLORS = [(250, 20, 20), (20, 250, 20), (20, 20, 250), (250, 250, 20), (20, 250, 250), (250, 20, 250), (250, 250, 250)]
 CODECS = {"mp4": "libx264", "mov": "libx264", "webm": "libvpx", "avi": "mpeg4"}
@@ -48,3 +51,30 @@ def damaged(path, target, keep=1.0, garbage=None):
         data[start:end] = np.random.default_rng(0).integers(0, 256, end - start, dtype=np.uint8).tobytes()
     target.write_bytes(data[: int(keep * len(data))])
     return target
+
+
+def make_bad(tmp_path, kind):
+    """A file that is bad in one of several ways, in a folder; returns its path."""
+    noise = np.random.default_rng(0).integers(0, 256, (40, 48, 64, 3), dtype=np.uint8)
+    good = write(tmp_path / ("good.webm" if kind.endswith("webm") else "good.mp4"), noise)
+    bad = tmp_path / f"bad{good.suffix}"
+    if kind.startswith("truncated"):
+        return damaged(good, bad, keep=0.5)
+    if kind == "garbage inside":
+        return damaged(good, bad, garbage=(0.3, 0.5))
+    if kind == "garbage header":
+        return damaged(good, bad, garbage=(0, 0.05))
+    if kind == "zero bytes":
+        bad.write_bytes(b"")
+    if kind == "text":
+        bad.write_text("not a video\n" * 50)
+    if kind == "playlist":  # must not make FFmpeg open the file that it names
+        bad.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{good}\n#EXT-X-ENDLIST\n")
+    if kind == "list of files":
+        bad.write_text("ffconcat version 1.0\nfile good.mp4\n")
+    if kind == "pipe":
+        os.mkfifo(bad)
+    if kind == "cut image":
+        Image.fromarray(noise[0]).save(tmp_path / "good.png")
+        return damaged(tmp_path / "good.png", tmp_path / "bad.png", keep=0.6)
+    return bad

@@ -1,0 +1,132 @@
+"""One sample of a data set of latents as a TFDS record, and the names of the files of such a data set.
+
+A data set is a folder that `tfds.builder_from_directory(folder).as_data_source(split)` reads:
+
+    dataset_info.json  features.json  metadata.json      TFDS; metadata.json also names VAE, tokenizer and sources
+    tokenizer.json                                       what made text_tokens of the captions
+    latents-SPLIT.array_record-KKKKK-of-NNNNN            shard k: samples k * n // K to (k + 1) * n // K - 1, in order
+    SPLIT.json                                           identity, and size, count and SHA-256 of every shard
+    SPLIT.parquet                                        what must be known of every sample before it is read
+    parts/                                               the same of single shards, until all are there
+
+Letters: t, h, w, C = frames, height, width and channels of latents; L = tokens of a caption; n samples, K shards.
+"""
+
+import hashlib
+
+import numpy as np
+
+NAME = "latents"
+VERSION = "1.0.0"
+INFO = "dataset_info.json"
+PARTS = "parts"
+# [name, dtype] of the columns of SPLIT.parquet; num_frames, height and width are those of the video. checksum: the
+# first 8 bytes of the SHA-256 of the record; weight: how often a sample comes in an epoch.
+COLUMNS = (
+    ("t", "int32"), ("h", "int32"), ("w", "int32"), ("text_length", "int32"), ("num_frames", "int32"),
+    ("height", "int32"), ("width", "int32"), ("fps", "float32"), ("weight", "float64"), ("checksum", "uint64"),
+)  # fmt: skip
+
+
+def shard_name(split, k, num_shards):
+    """File name of shard k, as TFDS has it."""
+    return f"{NAME}-{split}.array_record-{k:05d}-of-{num_shards:05d}"
+
+
+def features(channels):
+    """The TFDS features of a record; `channels` is C.
+
+    mean and logvar, of the posterior and not normalised, are uint16: the bits of bfloat16, which TFDS can only read
+    back where TensorFlow is installed. `(x.astype(np.uint32) << 16).view(np.float32)` are the numbers.
+    """
+    import tensorflow_datasets as tfds
+
+    def latents():
+        return tfds.features.Tensor(shape=(None, None, None, channels), dtype=np.uint16, encoding="bytes")
+
+    return tfds.features.FeaturesDict(
+        dict(
+            key=tfds.features.Text(),
+            caption=tfds.features.Text(),
+            text_tokens=tfds.features.Tensor(shape=(None,), dtype=np.int32, encoding="bytes"),
+            mean=latents(),
+            logvar=latents(),
+            num_frames=np.int32,
+            height=np.int32,
+            width=np.int32,
+            fps=np.float32,
+            sha256=tfds.features.Text(),
+        )
+    )
+
+
+def latents_sha256(mean, logvar):
+    """SHA-256 (hex) of the bytes of mean and then of logvar."""
+    return hashlib.sha256(np.ascontiguousarray(mean).tobytes() + np.ascontiguousarray(logvar).tobytes()).hexdigest()
+
+
+def checksum(record):
+    """What COLUMNS keeps of the bytes of a record."""
+    return int.from_bytes(hashlib.sha256(record).digest()[:8], "little")
+
+
+class RecordEncoder:
+    """Samples -> bytes, the same bytes for the same sample."""
+
+    def __init__(self, channels):
+        from tensorflow_datasets.core.example_serializer import ExampleSerializer
+
+        self._features = features(channels)
+        self._serializer = ExampleSerializer(self._features.get_serialized_info())
+
+    def __call__(self, sample):
+        """sample: dict of all features but sha256; mean and logvar uint16 [t, h, w, C], text_tokens int32 [L]."""
+        encoded = self._features.encode_example(sample | dict(sha256=latents_sha256(sample["mean"], sample["logvar"])))
+        # Protocol buffers keep the features in a map, whose order is not fixed otherwise.
+        return self._serializer.get_tf_example(encoded).SerializeToString(deterministic=True)
+
+
+def parse_record(record):
+    """The sample in the bytes of a record: a dict with the features' names; arrays may be read-only.
+
+    Straight from the protocol buffer: TFDS's own reader takes several times as long, for generality.
+    """
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    feature = tf_example_pb2.Example.FromString(record).features.feature
+
+    def text(name):
+        return feature[name].bytes_list.value[0].decode()
+
+    def number(name):
+        return int(feature[name].int64_list.value[0])
+
+    def latents(name):
+        shape = tuple(feature[f"{name}/shape"].int64_list.value)
+        return np.frombuffer(feature[f"{name}/value"].bytes_list.value[0], np.uint16).reshape(shape)
+
+    return dict(
+        key=text("key"),
+        caption=text("caption"),
+        text_tokens=np.frombuffer(feature["text_tokens"].bytes_list.value[0], np.int32),
+        mean=latents("mean"),
+        logvar=latents("logvar"),
+        num_frames=number("num_frames"),
+        height=number("height"),
+        width=number("width"),
+        fps=float(feature["fps"].float_list.value[0]),
+        sha256=text("sha256"),
+    )
+
+
+def columns_of(sample, record, weight=1.0):
+    """What COLUMNS keeps of a sample."""
+    return (
+        *sample["mean"].shape[:3], len(sample["text_tokens"]), sample["num_frames"], sample["height"],
+        sample["width"], sample["fps"], weight, checksum(record),
+    )  # fmt: skip
+
+
+def floats(bits):
+    """float32 of the bits of bfloat16, uint16 of any shape."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)

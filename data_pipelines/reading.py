@@ -1,0 +1,80 @@
+"""What goes on inside a worker process of a loader.
+
+What it is reading is kept where it outlives the process: a decoder that crashes tells nobody. Large arrays are made
+where the parent can see them, so that they need not be copied there. A worker ends when its parent has died.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+
+_DIGITS = 20
+_file = None  # of this worker; None in a process that is none
+
+
+def start_worker(folder, _index=0, _count=1):
+    """What a worker runs first: numbers of samples are noted in `folder`, in a file of this process.
+
+    The arguments after the folder are those that grain gives.
+    """
+    global _file
+    _file = os.open(Path(folder) / str(os.getpid()), os.O_WRONLY | os.O_CREAT)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent):
+    parent.join()
+    os._exit(1)
+
+
+@contextlib.contextmanager
+def note(sample):
+    """While this process is at it, it is noted that it reads the sample of this number. Costs some microseconds."""
+    _write(str(sample))
+    try:
+        yield
+    finally:
+        _write("")
+
+
+def _write(text):
+    if _file is not None:
+        os.pwrite(_file, text.encode().ljust(_DIGITS), 0)
+
+
+@contextlib.contextmanager
+def zeros(shape, dtype):
+    """Makes an array of zeros to be filled and given to the loader; in a worker, in memory that is shared with it."""
+    if _file is None:
+        yield np.zeros(shape, dtype)
+        return
+    from grain.multiprocessing import SharedMemoryArray
+
+    array = SharedMemoryArray(shape, dtype)  # of zeros, as all new memory
+    try:
+        yield array
+    except BaseException:
+        array.unlink_on_del()  # nobody will receive it
+        raise
+
+
+def last_of_the_dead(folder):
+    """Numbers of the samples that processes were reading that are no more."""
+    noted = {int(path.name): path.read_text().strip() for path in Path(folder).iterdir()}
+    return [int(sample) for process, sample in sorted(noted.items()) if sample and not _alive(process)]
+
+
+def _alive(pid):
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

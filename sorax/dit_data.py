@@ -1,0 +1,216 @@
+"""What a DiT is trained on: the VAE, the tokenizer, and latents, encoded in process or by `sorax encode` beforehand."""
+
+import os
+
+import jax
+
+from data_pipelines.latent_shards import LatentShards, is_shards, read_manifest, shards_folder
+from data_pipelines.mixture import MixtureExamples, part_sections
+from data_pipelines.sources import open_source
+from data_pipelines.text_tokens import TOKENIZER_FILE, Tokenizer
+from sorax import config as config_lib
+from sorax.encode import Codec, encode_source, survey
+from sorax.errors import UserError
+from sorax.runlog import reporter
+from sorax.runs import load_vae, vae_folder
+
+LATENTS = "latents"  # folder of a run
+# Keys of a `data` section that say where its videos are: what the VAE takes from the DiT's if it names no path.
+_PLACE = ("path", "index", "mixture", "split", "data_dir", "video_key", "caption_key", "val_path", "val_split")
+
+
+def prepare_vae(config, workdir: str):
+    """(config, params, identity) of the VAE that a DiT experiment asks for; trained first if it is not there."""
+    from sorax.train import train
+
+    folder = vae_folder(config, workdir)
+    if not config.vae.get("path"):
+        if any(map(is_shards, _paths(config.data))):
+            raise UserError("config.vae.path is empty, but config.data names latent shards: set it to the run of the "
+                            "VAE that they were encoded with")  # fmt: skip
+        experiment = config.vae.copy_and_resolve_references()
+        if not experiment.data.path and not experiment.data.get("mixture"):
+            with experiment.unlocked():
+                experiment.data.update({name: config.data[name] for name in _PLACE if name in config.data})
+        train(experiment, folder, title="1/2 VAE")
+    return load_vae(folder)
+
+
+def prepare_data(config, workdir: str, codec: Codec, vae_identity: str):
+    """(tokenizer, training examples, validation examples) of a DiT experiment, made in its run folder if need be.
+
+    Training rows are the same whether the latents were encoded before (`data.path` "shards:FOLDER") or are encoded
+    now, into `workdir/latents`.
+
+    Raises:
+        UserError: the data cannot be used, or was encoded with another VAE or tokenizer.
+    """
+    out, paths = os.path.join(workdir, LATENTS), _paths(config.data)
+    if not any(map(is_shards, paths)):
+        return _encode_splits(config, codec, vae_identity, out, workdir, replace=True)
+    tokenizer = _tokenizer_of_shards(shards_folder(paths[0]), workdir, config.text.vocab_size)
+    examples = _open_shards(config.data, vae_identity)
+    val_examples = _validation(config, codec, vae_identity, tokenizer, out, shards_folder(paths[0]), replace=True)
+    return tokenizer, examples, val_examples
+
+
+def _encode_splits(config, codec, vae_identity, out, tokenizer_folder, *, num_shards=0, replace=False):
+    """As `prepare_data`, of videos, into the folder `out`."""
+    source = open_source(config.data, **grid(codec.config, config.model.patch_size), **_index_options(out))
+    found = survey(source)
+    tokenizer = prepare_tokenizer(found.captions, config.text.vocab_size, tokenizer_folder)
+    examples = encode_source(codec, source, tokenizer, out, "train", vae_identity, found=found, replace=replace,
+                             num_shards=num_shards, origin=_origin(config.data),
+                             workers=config.data.get("workers", 0))  # fmt: skip
+    return tokenizer, examples, _validation(config, codec, vae_identity, tokenizer, out, out, replace=replace)
+
+
+def encode_experiment(config, vae_run: str, out: str, *, num_shards: int = 0, tokenizer_folder: str = "") -> None:
+    """Writes the latents of a DiT experiment's data to a folder, for `data.path` "shards:FOLDER" of this or another.
+
+    Args:
+        vae_run: run folder of the VAE, or of a DiT with its VAE in it; "" for config.vae.path.
+        tokenizer_folder: holds the tokenizer.json to use; "" trains one on the captions.
+
+    Raises:
+        UserError: the data or the VAE cannot be used, or the folder holds something else.
+    """
+    if config.get("kind") != "dit":
+        raise UserError(f"config.kind is {config.get('kind')!r}: latents are encoded for a DiT, name its experiment")
+    if any(map(is_shards, _paths(config.data))):
+        raise UserError(f"config.data.path {config.data.path!r} is encoded already: name the videos")
+    vae_run = vae_run or config.vae.get("path")
+    if not vae_run:
+        raise UserError("no VAE to encode with: name its run with --vae or config.vae.path")
+    run = config_lib.read_config(vae_run)
+    vae_config, vae_params, vae_identity = load_vae(vae_folder(run, vae_run) if run.kind == "dit" else vae_run)
+    if tokenizer_folder and not os.path.exists(os.path.join(tokenizer_folder, TOKENIZER_FILE)):
+        raise UserError(f"{tokenizer_folder} has no {TOKENIZER_FILE}: name a run or latent shards")
+    _encode_splits(config, Codec(vae_config, vae_params), vae_identity, out, tokenizer_folder or out,
+                   num_shards=num_shards)  # fmt: skip
+
+
+def grid(vae_config, patch_size) -> dict:
+    """What videos must be multiples of, in the words of `open_source`."""
+    return dict(spatial_multiple=vae_config.spatial_stride * patch_size[1], temporal_stride=vae_config.temporal_stride)
+
+
+def _index_options(out: str) -> dict:
+    """Where an index that has to be made is kept and how it is reported, in the words of `open_source`."""
+    return dict(index_cache=os.path.join(out, "index"), index_progress=reporter("index"))
+
+
+def held_out_source(data, split: str = "test", **overrides):
+    """What validation looks at: `val_path` and `val_split`, else the world's own split, else the training data."""
+    if data.get("val_path") or data.get("val_split"):
+        section = dict(data, mixture=(), path=data.get("val_path") or data.path)
+        section["index"] = ""  # it is the training data's
+        section["split"] = data.get("val_split") or data.get("split", "")
+        if overrides.get("index_cache"):
+            overrides["index_cache"] += "_val"
+        data = section
+    return open_source(data, split=split, **overrides)
+
+
+def prepare_tokenizer(captions, vocab_size: int, folder: str) -> Tokenizer:
+    """The tokenizer of a folder, of at most vocab_size tokens; trained on captions if none is there.
+
+    Raises UserError where the file is broken or has more tokens, or where vocab_size is too small to train one.
+    """
+    if os.path.exists(os.path.join(folder, TOKENIZER_FILE)):
+        return Tokenizer.load(folder, vocab_size)
+    tokenizer = Tokenizer.train(captions, vocab_size)
+    if jax.process_index() == 0:
+        tokenizer.save(folder)
+    return tokenizer
+
+
+def _validation(config, codec, vae_identity, tokenizer, out, train_folder, *, replace):
+    """Latents that validation looks at: of `val_path`, of the training data's own second part, or its first samples."""
+    data, most = config.data, config.data.get("val_samples", 64)
+    if is_shards(data.get("val_path")):
+        examples = open_split(shards_folder(data.val_path), ("val", "train"), vae_identity, first=most)
+        if examples.metadata["tokenizer"] != tokenizer.identity:
+            raise UserError(f"{data.val_path} was encoded with another tokenizer than the training data: encode it "
+                            "again with --tokenizer")  # fmt: skip
+        return examples
+    is_world = (data.get("path") or "world") == "world" and not data.get("mixture")
+    if data.get("val_path") or data.get("val_split") or is_world:
+        limits = grid(codec.config, config.model.patch_size)
+        source = held_out_source(data, num_samples=most, **limits, **_index_options(out))
+        return encode_source(codec, First(source, most), tokenizer, out, "val", vae_identity, replace=replace,
+                             origin=_origin(data), title="encode val")  # fmt: skip
+    return open_split(train_folder, ("val", "train"), vae_identity, first=most)
+
+
+class First:
+    """The first samples of a source."""
+
+    def __init__(self, source, most):
+        self.source, self.most = source, most
+
+    def __len__(self):
+        return min(self.most, len(self.source))
+
+    def spec(self, i):
+        return self.source.spec(i)
+
+    def __getitem__(self, i):
+        return self.source[i]
+
+
+def _open_shards(data, vae_identity):
+    """Examples of `data.path`, or of all parts of `data.mixture`, which are latent shards."""
+    if not data.get("mixture"):
+        return open_split(shards_folder(data.path), ("train",), vae_identity)
+    sections, weights = part_sections(data)
+    if not all(is_shards(section["path"]) for section in sections):
+        raise UserError("config.data.mixture has latent shards beside videos: encode the videos too, with --tokenizer, "
+                        "or mix the videos alone")  # fmt: skip
+    folders = [shards_folder(section["path"]) for section in sections]
+    parts = [open_split(folder, ("train",), vae_identity) for folder in folders]
+    for part, folder in zip(parts, folders):
+        if part.metadata["tokenizer"] != parts[0].metadata["tokenizer"]:
+            raise UserError(f"{folder} was encoded with another tokenizer than {folders[0]}: encode it again with "
+                            f"--tokenizer {folders[0]}")  # fmt: skip
+    return MixtureExamples(parts, weights)
+
+
+def open_split(folder, names, vae_identity, first=None) -> LatentShards:
+    """The first of several splits that a folder of shards has. Raises UserError if they are of another VAE."""
+    split = next((name for name in names if os.path.exists(os.path.join(folder, f"{name}.json"))), names[-1])
+    there = read_manifest(folder, split)["metadata"]["vae"]["identity"]
+    if there != vae_identity:
+        raise UserError(f"{folder} holds latents of the VAE {there}, but config.vae is {vae_identity}: set "
+                        "config.vae.path to the run they were encoded with, or encode again")  # fmt: skip
+    return LatentShards(folder, split, first=first)
+
+
+def _tokenizer_of_shards(folder, workdir, vocab_size):
+    """The tokenizer of latent shards, kept in the run folder too."""
+    tokenizer = Tokenizer.load(folder, vocab_size)
+    if os.path.exists(os.path.join(workdir, TOKENIZER_FILE)):
+        if Tokenizer.load(workdir).identity != tokenizer.identity:
+            raise UserError(f"{workdir} has another {TOKENIZER_FILE} than the latents in {folder}: use another workdir")
+    elif jax.process_index() == 0:
+        tokenizer.save(workdir)
+    return tokenizer
+
+
+def _paths(data):
+    """All paths of training data that a `data` section names."""
+    if data.get("mixture"):
+        return [section["path"] for section in part_sections(data)[0]]
+    return [data.get("path") or ""]
+
+
+def _origin(data):
+    """A `data` section as JSON can hold it, with folders that can be found from anywhere."""
+    section = data.to_dict() if hasattr(data, "to_dict") else dict(data)
+
+    def absolute(path):
+        return os.path.abspath(path) if path and os.path.isdir(path) else path
+
+    section["path"] = absolute(section.get("path"))
+    section["mixture"] = [dict(part, path=absolute(part["path"])) for part in section.get("mixture") or ()]
+    return section
