@@ -29,7 +29,8 @@ class Loader:
       identity: of the data and the settings that `read` depends on: part of the state, so that another is refused.
       name: function of a sample's number -> what to call it, if a worker dies over it.
       start_step: step of the first batch. prefetch: batches read ahead (of each worker), 0 for none.
-      num_workers: processes that read; 0 = threads of this process, enough where reading releases the GIL.
+      num_workers: processes that read, and send batches through shared memory; 0 = as many threads of this process as
+        batches are read ahead, faster where reading releases the GIL, as decoding does, and cores are few.
 
     Close it after use where there are workers. An error of a worker is raised here; `read` has to name the sample.
     Raises UserError where batch_size is no multiple of process_count, and where a worker dies.
@@ -118,7 +119,7 @@ class Loader:
         batches = grain.MapDataset.source(_Batches(self._read, self.step, self._start, self._start + self._local))
         # Its default buffer of 500 elements is meant for single samples: here an element is a batch.
         ahead = 0 if self._num_workers else self._prefetch  # workers are ahead by themselves
-        options = grain.ReadOptions(num_threads=min(ahead, 4), prefetch_buffer_size=ahead)
+        options = grain.ReadOptions(num_threads=min(ahead, 16), prefetch_buffer_size=ahead)
         dataset = batches.to_iter_dataset(options)
         if self._num_workers:
             if not flags.FLAGS.is_parsed():  # outside absl's app nobody has; grain's workers ask for flags

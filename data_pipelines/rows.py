@@ -150,9 +150,8 @@ class RowSource:
     @property
     def identity(self):
         """Hash of the data's lengths and of every setting: a checkpoint that has another is of other batches."""
-        if self.posterior == "mean":
-            return self.plans.identity
-        return hashlib.sha256(f"{self.plans.identity} {self.posterior}".encode()).hexdigest()[:16]
+        settings = self.plans.identity, self.patch_size, self.order, self.posterior
+        return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
 
     def plan(self, epoch):
         """The `EpochPlan` of an epoch."""

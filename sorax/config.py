@@ -135,15 +135,20 @@ def flatten(config, prefix="") -> dict:
     return flat
 
 
-def save_config(config, workdir: str):
+def save_config(config, workdir: str, complete):
     """Writes the config of a new run, or checks that an existing run has the same.
+
+    Args:
+        config: complete, as `complete` makes it; the config that is there is completed before the two are compared.
 
     Raises:
         UserError: the folder holds a run of another config; the first few differences are named.
     """
     path = os.path.join(workdir, CONFIG_FILE)
     if os.path.exists(path):
-        old, new = flatten(read_config(workdir)), flatten(config)
+        there = read_config(workdir)
+        complete(there)
+        old, new = flatten(there), flatten(config)
         keys = sorted(set(old) | set(new))
         differ = [k for k in keys if old.get(k) != new.get(k) and not _may_change(k)]
         if differ:

@@ -119,16 +119,18 @@ def train(config, workdir: str, *, title: str | None = None):
     Raises:
         UserError: the folder holds a run of another config or architecture, the data cannot be used, the disk is full.
     """
-    from sorax.objectives import keep_ranks, make_objective
+    from sorax.objectives import complete, keep_ranks, make_objective
 
     # --- Config, mesh
+    config = config.copy_and_resolve_references()
+    complete(config)
     settings = config_lib.build(TrainConfig, config.train, "train")
     optim = config_lib.build(OptimConfig, config.optim, "optim")
     keeping = config_lib.build(CheckpointConfig, config.checkpoint, "checkpoint")
     mesh = sharding.make_mesh(**config.mesh)
     os.makedirs(workdir, exist_ok=True)
     config = keep_ranks(config, workdir, mesh)
-    config_lib.save_config(config, workdir)
+    config_lib.save_config(config, workdir, complete)
 
     # --- Data, model
     objective = make_objective(config, workdir, mesh)

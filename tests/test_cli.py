@@ -39,9 +39,14 @@ def test_a_missing_config_is_named(capsys, tmp_path):
     assert "nowhere.py" in fails(capsys, "train", "--config", "nowhere.py", "--workdir", tmp_path)
 
 
+def train_on(folder, tmp_path):
+    """Arguments that train on a folder, on the eight devices that the tests have."""
+    return "train", "--config", CLIPS, "--workdir", tmp_path / "w", f"--config.data.path={folder}", "--config.data.batch=8"
+
+
 def test_a_missing_folder_is_named(capsys, tmp_path):
     missing = tmp_path / "missing"
-    line = fails(capsys, "train", "--config", CLIPS, "--workdir", tmp_path / "w", f"--config.data.path={missing}")
+    line = fails(capsys, *train_on(missing, tmp_path))
     assert str(missing) in line
 
 
@@ -52,7 +57,7 @@ def test_an_experiment_that_needs_a_folder_asks_for_it(capsys, tmp_path):
 def test_an_empty_folder_is_named(capsys, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
-    line = fails(capsys, "train", "--config", CLIPS, "--workdir", tmp_path / "w", f"--config.data.path={empty}")
+    line = fails(capsys, *train_on(empty, tmp_path))
     assert str(empty) in line
 
 
@@ -61,7 +66,7 @@ def test_a_folder_of_corrupt_videos_names_file_and_reason(capsys, tmp_path):
     folder.mkdir()
     (folder / "a.mp4").write_bytes(b"this is no video" * 100)
     (folder / "a.txt").write_text("a caption")
-    line = fails(capsys, "train", "--config", CLIPS, "--workdir", tmp_path / "w", f"--config.data.path={folder}")
+    line = fails(capsys, *train_on(folder, tmp_path))
     assert "a.mp4" in line
 
 

@@ -1,21 +1,22 @@
 """How fast real clips become packed rows, and in how much memory, beside a bare PyAV loop on the same clips.
 
-    python -m experiments.bench.pipeline --clips FOLDER [--workers 2] [--rounds 5] [--fps 16]
-    python -m experiments.bench.pipeline --clips FOLDER --minutes 10    # memory while the loader runs so long
+    python -m experiments.bench.pipeline --clips FOLDER [--parallel 2] [--rounds 5] [--fps 16]
+    python -m experiments.bench.pipeline --clips FOLDER --minutes 10    # memory while the loader's workers run so long
 
-FOLDER is one of captioned videos. Clips are brought to at most 81 frames and 4,096 latent tokens (at 16 frames/s unless
---fps says other, 0 for their own), decoded, scaled, cut
-into patches of 1 x 16 x 16 pixels and packed in rows of 16,384: folder -> index -> rows -> loader with N workers, two
-rows a batch.
+FOLDER is one of captioned videos. Clips are brought to at most 81 frames and 4,096 latent tokens (at 16 frames/s
+unless --fps says other, 0 for their own), decoded, scaled, cut into patches of 1 x 16 x 16 pixels and packed in rows of
+16,384, two rows a batch: folder -> index -> rows -> loader. With N = --parallel:
 
-The bare loop has as many processes, each of which opens a clip with PyAV on one thread, decodes as many frames, scales
-those that are wanted to the same size with the same filter and turns them into arrays: no checks or rotation. "bare"
-stacks the arrays to a clip, as whoever wants to train on it must; "dropped" drops each at once. Neither sends anything
-anywhere.
+  threads   the loader with no worker: N threads of one process.
+  workers   the loader with N worker processes, which send their batches through shared memory.
+  bare      N processes, each of which opens a clip with PyAV on one thread, decodes as many frames, scales those that
+            are wanted to the same size with the same filter and stacks them to a clip: no checks, no rotation, no rows.
+            The clip is dropped: nothing is sent.
+  dropped   the same, but each frame is dropped at once.
 
 frames/s counts frames decoded from the files, also those between two that are kept; all sides decode and scale the same
-clips equally often. The clock starts when the workers run and what they have read ahead is used up. CPU time is that of
-all processes of a side, and does not care what else the machine does. Rounds are interleaved; medians are shown.
+clips equally often. The clock starts when the loader runs and what it has read ahead is used up. CPU time is that of
+all processes of a side, and depends less on what else the machine does. Rounds are interleaved; medians are shown.
 """
 
 import argparse
@@ -35,7 +36,8 @@ from data_pipelines.loader import make_loader
 from data_pipelines.rows import PixelExamples, RowSource
 
 BATCH, ROW_TOKENS, PATCH = 2, 16384, (1, 16, 16)
-PREFETCH = 2
+PREFETCH = 2  # batches, of each worker
+SIDES = ("threads", "workers", "bare", "dropped")
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -83,13 +85,13 @@ def family():
     return [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
 
 
-def time_loader(rows, workers, start_step, steps):
+def time_loader(rows, start_step, steps, **options):
     """(seconds, CPU seconds, samples read) of some steps, once the loader runs evenly."""
-    loader = make_loader(rows, num_workers=workers, prefetch=PREFETCH, start_step=start_step)
-    warm = max(1, workers) * (PREFETCH + 2)
+    loader = make_loader(rows, start_step=start_step, **options)
+    warm = max(1, options.get("num_workers", 0)) * (options["prefetch"] + 2)
     for _ in range(warm):
         next(loader)
-    processes = family()
+    processes = family() if "num_workers" in options else [os.getpid()]
     wall, cpu = time.perf_counter(), cpu_seconds(processes)
     for _ in range(steps):
         next(loader)
@@ -109,28 +111,33 @@ def time_bare(pool, source, samples, keep):
     return time.perf_counter() - wall, cpu_seconds(processes) - cpu, frames
 
 
-def compare(rows, source, workers, rounds, steps):
-    """Prints frames/s of the loader and of both bare loops, and the ratios, by wall and by CPU time."""
+def compare(rows, source, parallel, rounds, steps):
+    """Prints frames/s of all sides and the ratios of the loader's to the others', by wall and by CPU time."""
     results = []
-    with multiprocessing.get_context("spawn").Pool(max(1, workers)) as pool:
-        time_bare(pool, source, list(range(len(source))) * 2, True)  # until all processes run
-        for k in range(rounds):
-            *loader, samples = time_loader(rows, workers, k * steps, steps)
-            sides = [loader, *(time_bare(pool, source, samples, keep) for keep in (True, False))]
-            frames = sides[1][2]
-            results.append([[frames / seconds for seconds in side[:2]] for side in sides])
-            print(f"  round {k}, {frames} frames, load {os.getloadavg()[0]:.1f}: {show(results[-1])}", flush=True)
-    print(f"median of {rounds} rounds, {max(1, workers)} processes: {show(np.median(results, axis=0))}")
-    ratios = np.array(results)[:, :1] / np.array(results)[:, 1:]  # [rounds, bare loops, wall and CPU]
-    (wall, cpu), (dropped_wall, dropped_cpu) = np.median(ratios, axis=0)
-    print(f"median ratio to bare: {wall:.3f} by wall time, {cpu:.3f} by CPU time; to dropped: {dropped_wall:.3f}, "
-          f"{dropped_cpu:.3f}")  # fmt: skip
+    for k in range(rounds):
+        sides = []
+        for options in (dict(prefetch=parallel), dict(num_workers=parallel, prefetch=PREFETCH)):
+            *taken, samples = time_loader(rows, k * steps, steps, **options)
+            sides.append((taken, samples))
+        with multiprocessing.get_context("spawn").Pool(parallel) as pool:
+            time_bare(pool, source, list(range(len(source))) * 2, True)  # until all processes run
+            # Each side of the loader reads its own steps; the bare loops get those of the workers.
+            frames = [time_bare(pool, source, samples, True)[2] for _, samples in sides]
+            sides = [(*taken, count) for (taken, _), count in zip(sides, frames)]
+            sides += [time_bare(pool, source, samples, keep) for keep in (True, False)]
+        results.append([(count / wall, count / cpu) for wall, cpu, count in sides])
+        print(f"  round {k}, {frames[-1]} frames, load {os.getloadavg()[0]:.1f}: {show(results[-1])}", flush=True)
+    print(f"median of {rounds} rounds, {parallel} in parallel: {show(np.median(results, axis=0))}")
+    results = np.array(results)  # [rounds, sides, wall and CPU]
+    for i in (0, 1):
+        for j in (2, 3):
+            wall, cpu = np.median(results[:, i] / results[:, j], axis=0)
+            print(f"{SIDES[i]:>8} / {SIDES[j]:8} {wall:.3f} by wall time, {cpu:.3f} by CPU time")
 
 
 def show(sides):
-    """(frames a second, frames a CPU second) of the three sides, in words."""
-    names = ("loader", "bare", "dropped")
-    shown = [f"{name} {wall:.0f} ({cpu:.0f})" for name, (wall, cpu) in zip(names, sides)]
+    """(frames a second, frames a CPU second) of each side, in words."""
+    shown = [f"{name} {wall:.0f} ({cpu:.0f})" for name, (wall, cpu) in zip(SIDES, sides)]
     return "frames/s (a CPU second): " + ", ".join(shown)
 
 
@@ -148,9 +155,9 @@ def queued():
     return sum(path.stat().st_size for path in Path("/dev/shm").glob("psm_*")) / 2**20
 
 
-def watch(rows, workers, minutes):
+def watch(rows, parallel, minutes):
     """Prints the memory of the loader's processes over some minutes of reading as fast as it can."""
-    loader, values, shared, steps = make_loader(rows, num_workers=workers, prefetch=PREFETCH), [], [], 0
+    loader, values, shared, steps = make_loader(rows, num_workers=parallel, prefetch=PREFETCH), [], [], 0
     before, start = queued(), time.monotonic()
     while time.monotonic() - start < 60 * minutes:
         next(loader)
@@ -163,7 +170,7 @@ def watch(rows, workers, minutes):
     loader.close()
     values = np.array(values[len(values) // 20 :])  # without the start
     first, last = (np.median(part) for part in (values[: len(values) // 3], values[-len(values) // 3 :]))
-    print(f"{minutes:g} minutes, {steps} steps, {max(1, workers)} workers: median {np.median(values):.0f} MiB, largest "
+    print(f"{minutes:g} minutes, {steps} steps, {parallel} workers: median {np.median(values):.0f} MiB, largest "
           f"{values.max():.0f}; last third / first third {last / first:.3f}; shared memory, in part the same: "
           f"largest {max(shared):.0f} MiB")  # fmt: skip
 
@@ -171,7 +178,7 @@ def watch(rows, workers, minutes):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clips", required=True, help="folder of captioned videos")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--parallel", type=int, default=2, help="threads, workers and processes")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20, help="of a round")
     parser.add_argument("--fps", type=float, default=16.0, help="of the rows, 0 for each clip's own")
@@ -184,9 +191,9 @@ def main():
         sizes = sorted({(s.num_frames, s.height, s.width) for s in map(source.spec, range(len(source)))})
         print(f"{len(source)} clips; frames x height x width: {sizes}; fill {rows.plan(0).fill:.3f}")
         if options.minutes:
-            watch(rows, options.workers, options.minutes)
+            watch(rows, options.parallel, options.minutes)
         else:
-            compare(rows, source, options.workers, options.rounds, options.steps)
+            compare(rows, source, options.parallel, options.rounds, options.steps)
 
 
 if __name__ == "__main__":
