@@ -7,7 +7,6 @@ Letters: B = rows or clips of a batch over all processes, B_local = of this proc
 """
 
 import functools
-import shutil
 import tempfile
 
 import grain
@@ -71,7 +70,7 @@ class Loader:
             batch = next(self._iterator)
         except Exception as error:
             # A worker that is killed, or crashes in a codec, says no more than that it is gone.
-            lost = reading.last_of_the_dead(self._notes) if self._notes else []
+            lost = reading.last_of_the_dead(self._notes.name) if self._notes else []
             self.close()
             if not lost:
                 raise
@@ -105,7 +104,7 @@ class Loader:
             self._iterator.close()
             self._iterator = None
         if self._notes is not None:
-            shutil.rmtree(self._notes, ignore_errors=True)
+            self._notes.cleanup()
             self._notes = None
 
     def _move(self, step):
@@ -127,8 +126,8 @@ class Loader:
             workers = grain.MultiprocessingOptions(
                 num_workers=self._num_workers, per_worker_buffer_size=max(self._prefetch, 1)
             )
-            self._notes = tempfile.mkdtemp(prefix="sorax-reading-")
-            dataset = dataset.mp_prefetch(workers, functools.partial(reading.start_worker, self._notes))
+            self._notes = tempfile.TemporaryDirectory(prefix="sorax-reading-", ignore_cleanup_errors=True)
+            dataset = dataset.mp_prefetch(workers, functools.partial(reading.start_worker, self._notes.name))
         return iter(dataset)
 
 

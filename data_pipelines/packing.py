@@ -154,10 +154,10 @@ class EpochPlan:
     def __init__(self, plan, epoch):
         self._plan, self.epoch = plan, epoch
         self.rows_per_step = plan.settings.rows_per_step
-        self._order = None  # with weights it is large: made where it is used
+        self._order = plan.order(epoch)
         # Chunks of equal size: a short one at the end would be packed less well, and repeat more.
-        count = max(1, -(-plan.draws(epoch) // plan.chunk))
-        self._edges = [plan.draws(epoch) * c // count for c in range(count + 1)]
+        count = max(1, -(-len(self._order) // plan.chunk))
+        self._edges = [len(self._order) * c // count for c in range(count + 1)]
         self._starts = [_Start(0, _EMPTY.samples, _EMPTY, 0, 0, 0, 0.0, 0.0, _EMPTY.samples)]
         self._chunks = OrderedDict()
 
@@ -287,7 +287,7 @@ class EpochPlan:
         )
         return ordered, after
 
-    def __getstate__(self):  # for workers: rows are quicker made than sent
+    def __getstate__(self):  # for workers: rows, and with weights the order, are quicker made than sent
         state = {**self.__dict__, "_chunks": OrderedDict(), "_order": None}
         state.pop("_table", None)
         return state
@@ -369,10 +369,6 @@ class PackPlan:
     def order(self, epoch):
         """The `EpochOrder` of an epoch."""
         return EpochOrder(len(self.video), self.settings.seed, epoch, self.weights)
-
-    def draws(self, epoch):
-        """How many samples an epoch has, each counted as often as it comes."""
-        return len(self.video) if self.weights is None else len(self.order(epoch))
 
     def __getstate__(self):  # for workers: a lock does not travel
         return {**self.__dict__, "lock": None}

@@ -78,7 +78,7 @@ class DataConfig:
     max_frames: int = 81
     min_frames: int = 1
     max_tokens: int = 4096
-    oversize: str = "scale"  # what is done to a video over max_tokens: scale, trim (in time) or refuse
+    oversize: str = "scale"  # of a video over max_tokens: scale, trim (in time; latents over a row too) or refuse
     index: str = ""  # of a folder, made by `sorax data index`; "": the folder is indexed when the run starts
     workers: int = 0
     batch: int = 8  # clips a step (VAE), rows a step (DiT)
@@ -286,7 +286,8 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
     tokenizer, examples, val_examples = prepare_data(config, workdir, codec, vae_identity)
     cost_a, cost_b = token_costs(model.width, model.ffn_dim)
     row_options = dict(row_tokens=data.row_tokens, row_text=data.row_text, max_segments=data.max_segments,
-                       patch_size=model.patch_size, batch_size=data.batch, ranks=ranks)  # fmt: skip
+                       patch_size=model.patch_size, batch_size=data.batch, ranks=ranks,
+                       oversize="trim" if data.oversize == "trim" else "refuse")  # fmt: skip
     rows = RowSource(examples, seed=settings.seed, posterior=data.posterior, cost_a=cost_a, cost_b=cost_b,
                      **row_options)  # fmt: skip
     val_rows = RowSource(val_examples, seed=0, **row_options)

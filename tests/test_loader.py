@@ -106,7 +106,7 @@ from data_pipelines.rows import RowSource
 if __name__ == "__main__":
     loader = make_loader(RowSource(Examples(), row_tokens=20, row_text=24, batch_size=4, seed=0), num_workers=1)
     next(loader)
-    print(os.listdir(loader._notes)[0], flush=True)
+    print(os.listdir(loader._notes.name)[0], flush=True)
     os._exit(1)
 """
 

@@ -13,8 +13,10 @@ from sorax.vae import VAEConfig
 
 def started(workdir, config, **mesh):
     """The config of a run as it starts, or goes on, on a mesh."""
+    config = config.copy_and_resolve_references()
+    objectives.complete(config)
     config = objectives.keep_ranks(config, str(workdir), sharding.make_mesh(**mesh))
-    config_lib.save_config(config, str(workdir))
+    config_lib.save_config(config, str(workdir), objectives.complete)
     return config
 
 

@@ -155,8 +155,9 @@ def test_a_pickled_source_gives_the_same_rows():
 def test_identity_changes_with_data_and_settings():
     same, again = rows(), rows()
     assert same.identity == again.identity
-    others = [rows(Examples(29)), rows(seed=1), rows(row_tokens=21), rows(row_text=25), rows(batch_size=2), rows(order="out"),
-              rows(posterior="sample"), rows(ranks=2)]  # fmt: skip
+    changes = [dict(seed=1), dict(row_tokens=21), dict(row_text=25), dict(batch_size=2), dict(order="out"),
+               dict(posterior="sample"), dict(ranks=2)]  # fmt: skip
+    others = [rows(Examples(29)), *(rows(**change) for change in changes)]
     assert len({same.identity, *(other.identity for other in others)}) == 9
 
 

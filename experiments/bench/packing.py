@@ -42,7 +42,7 @@ PATCH = 16  # pixels
 def manifest(count=COUNT, seed=0):
     """Latent frames, height and width in pixels, text tokens of each sample: int64 [n] each."""
     rng = np.random.default_rng(seed)
-    image = rng.random(count) < 0.3
+    image = rng.permutation(count) < 0.3 * count
     frames = np.exp(rng.uniform(np.log(17), np.log(122), count)).astype(int)
     frames = np.where(image, 1, (frames - 1) // 4 * 4 + 1)
     photo = rng.choice(
