@@ -41,7 +41,8 @@ def test_a_missing_config_is_named(capsys, tmp_path):
 
 def train_on(folder, tmp_path):
     """Arguments that train on a folder, on the eight devices that the tests have."""
-    return "train", "--config", CLIPS, "--workdir", tmp_path / "w", f"--config.data.path={folder}", "--config.data.batch=8"
+    where = "--workdir", tmp_path / "w", f"--config.data.path={folder}"
+    return "train", "--config", CLIPS, *where, "--config.data.batch=8"
 
 
 def test_a_missing_folder_is_named(capsys, tmp_path):

@@ -142,12 +142,14 @@ def show(sides):
 
 
 def memory(processes):
-    """MiB of some processes: what each has alone, and its share of what it shares (PSS)."""
-    total = 0
+    """MiB of some processes: (their own and what they share with each other, the same and their part of libraries)."""
+    own = everything = 0
     for process in processes:
         lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-        total += next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-    return total / 1024
+        size = {name.rstrip(":"): int(rest[0]) for name, *rest in map(str.split, lines[1:])}
+        own += size["Pss_Anon"] + size["Pss_Shmem"]
+        everything += size["Pss"]  # pages of libraries are divided by how many processes of the machine have them
+    return own / 1024, everything / 1024
 
 
 def queued():
@@ -166,13 +168,13 @@ def watch(rows, parallel, minutes):
             values.append(memory(family()))
             shared.append(max(0, queued() - before))
             if len(values) % 30 == 0:
-                print(f"  {len(values) * 2:4} s, step {steps}: {values[-1]:.0f} MiB", flush=True)
+                print(f"  {len(values) * 2:4} s, step {steps}: {values[-1][0]:.0f} MiB", flush=True)
     loader.close()
-    values = np.array(values[len(values) // 20 :])  # without the start
-    first, last = (np.median(part) for part in (values[: len(values) // 3], values[-len(values) // 3 :]))
-    print(f"{minutes:g} minutes, {steps} steps, {parallel} workers: median {np.median(values):.0f} MiB, largest "
-          f"{values.max():.0f}; last third / first third {last / first:.3f}; shared memory, in part the same: "
-          f"largest {max(shared):.0f} MiB")  # fmt: skip
+    own, everything = np.array(values[len(values) // 20 :]).T  # without the start
+    first, last = (np.median(part) for part in (own[: len(own) // 3], own[-len(own) // 3 :]))
+    print(f"{minutes:g} minutes, {steps} steps, {parallel} workers: median {np.median(own):.0f} MiB, largest {own.max():.0f}; "
+          f"last third / first third {last / first:.3f}; with libraries, largest {everything.max():.0f} MiB; shared memory, "
+          f"in part the same: largest {max(shared):.0f} MiB")  # fmt: skip
 
 
 def main():
