@@ -171,10 +171,10 @@ def watch(rows, parallel, minutes):
                 print(f"  {len(values) * 2:4} s, step {steps}: {values[-1][0]:.0f} MiB", flush=True)
     loader.close()
     own, everything = np.array(values[len(values) // 20 :]).T  # without the start
-    first, last = (np.median(part) for part in (own[: len(own) // 3], own[-len(own) // 3 :]))
-    print(f"{minutes:g} minutes, {steps} steps, {parallel} workers: median {np.median(own):.0f} MiB, largest {own.max():.0f}; "
-          f"last third / first third {last / first:.3f}; with libraries, largest {everything.max():.0f} MiB; shared memory, "
-          f"in part the same: largest {max(shared):.0f} MiB")  # fmt: skip
+    drift = np.median(own[-len(own) // 3 :]) / np.median(own[: len(own) // 3])
+    print(f"{minutes:g} minutes, {steps} steps, {parallel} workers: median {np.median(own):.0f} MiB, largest "
+          f"{own.max():.0f}; last third / first third {drift:.3f}; with libraries, largest {everything.max():.0f} "
+          f"MiB; shared memory, in part the same: largest {max(shared):.0f} MiB")  # fmt: skip
 
 
 def main():
