@@ -20,6 +20,7 @@ all processes of a side, and depends less on what else the machine does. Rounds 
 """
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 import tempfile
@@ -154,7 +155,11 @@ def memory(processes):
 
 def queued():
     """MiB of shared memory, some of which may be on its way between processes and in nobody's memory yet."""
-    return sum(path.stat().st_size for path in Path("/dev/shm").glob("psm_*")) / 2**20
+    total = 0
+    for path in Path("/dev/shm").glob("psm_*"):
+        with contextlib.suppress(FileNotFoundError):  # it has arrived
+            total += path.stat().st_size
+    return total / 2**20
 
 
 def watch(rows, parallel, minutes):
