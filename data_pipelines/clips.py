@@ -62,8 +62,12 @@ class VideoClipSource:
     def read(self, step, start, stop):
         """Clips start..stop - 1 of a step: dict(video uint8 [stop - start, T, H, W, 3])."""
         shape, members, where = self.draw(step)
-        clips = np.empty((stop - start, *shape, 3), np.uint8)
-        for clip, member, place in zip(clips, members[start:stop].tolist(), where[start:stop]):
+        with reading.empty((stop - start, *shape, 3), np.uint8) as clips:
+            self._fill(clips, shape, members[start:stop].tolist(), where[start:stop])
+            return dict(video=clips)
+
+    def _fill(self, clips, shape, members, where):
+        for clip, member, place in zip(clips, members, where):
             try:
                 with reading.note(member):
                     video = self.source[member]["video"]
@@ -80,7 +84,6 @@ class VideoClipSource:
                 )
             corner = (place * (spare + 1)).astype(int)
             clip[:] = video[tuple(slice(c, c + s) for c, s in zip(corner, shape))]
-        return dict(video=clips)
 
     def name(self, sample):
         """What to call a sample in an error."""

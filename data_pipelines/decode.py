@@ -380,4 +380,6 @@ def to_pixels(reformatter, frame, turn: int, height: int, width: int) -> np.ndar
     scaled = reformatter.reformat(
         frame, w, h, "rgb24", interpolation=Interpolation.AREA if smaller else Interpolation.BICUBIC
     )
-    return np.rot90(scaled.to_ndarray(), turn // 90)
+    # A view: PyAV's to_ndarray would copy what callers copy to its place anyway.
+    lines = np.frombuffer(scaled.planes[0], np.uint8).reshape(h, -1)
+    return np.rot90(lines[:, : 3 * w].reshape(h, w, 3), turn // 90)

@@ -12,7 +12,7 @@ import tempfile
 import grain
 from absl import flags
 
-from data_pipelines import reading
+from data_pipelines import blocks, reading
 from data_pipelines.clips import VideoClipSource
 from sorax.errors import UserError
 
@@ -56,7 +56,7 @@ class Loader:
         self._local = batch_size // process_count
         self._read, self._start, self._name = read, process_index * self._local, name
         self._num_workers, self._prefetch = num_workers, prefetch
-        self._iterator = self._notes = None
+        self._iterator = self._notes = self._received = None
         self.identity, self.step = identity, start_step
         self._move(start_step)
 
@@ -80,7 +80,7 @@ class Loader:
                 "data.workers lower; else that sample crashes its decoder: leave it out"
             ) from error
         self.step += 1
-        return batch
+        return batch if self._received is None else {name: self._received.array(v) for name, v in batch.items()}
 
     def get_state(self):
         """dict(step=of the next batch, identity=of the batches)."""
@@ -105,7 +105,7 @@ class Loader:
             self._iterator = None
         if self._notes is not None:
             self._notes.cleanup()
-            self._notes = None
+            self._notes = self._received = None
 
     def _move(self, step):
         if step < 0:
@@ -126,7 +126,10 @@ class Loader:
             workers = grain.MultiprocessingOptions(
                 num_workers=self._num_workers, per_worker_buffer_size=max(self._prefetch, 1)
             )
-            self._notes = tempfile.TemporaryDirectory(prefix="sorax-reading-", ignore_cleanup_errors=True)
+            self._notes = tempfile.TemporaryDirectory(
+                prefix="sorax-reading-", dir=blocks.FOLDER, ignore_cleanup_errors=True
+            )
+            self._received = blocks.Received(self._notes.name)
             dataset = dataset.mp_prefetch(workers, functools.partial(reading.start_worker, self._notes.name))
         return iter(dataset)
 
@@ -141,7 +144,7 @@ class _Batches:
         return _ENDLESS
 
     def __getitem__(self, index):
-        return self._read(self._first_step + int(index), self._start, self._stop)
+        return reading.send(self._read(self._first_step + int(index), self._start, self._stop))
 
 
 class _ReadRows:

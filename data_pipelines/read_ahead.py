@@ -25,5 +25,5 @@ class _ReadSample:
         if step >= len(self.order):
             return {}
         index = int(self.order[step])
-        reading.note(index)
-        return self.source[index]
+        with reading.note(index):
+            return self.source[index]

@@ -1,35 +1,41 @@
 """What goes on inside a worker process of a loader.
 
 What it is reading is kept where it outlives the process: a decoder that crashes tells nobody. Large arrays are made
-where the parent can see them, so that they need not be copied there. A worker ends when its parent has died.
+where the parent can see them (`data_pipelines.blocks`), so that they need not be copied there. A worker ends when its
+parent has died, and clears away what the parent no longer can.
 """
 
 import contextlib
 import multiprocessing
 import os
+import shutil
 import threading
 from pathlib import Path
 
 import numpy as np
 
+from data_pipelines.blocks import Blocks
+
 _DIGITS = 20
-_file = None  # of this worker; None in a process that is none
+_file = _blocks = None  # of this worker; None in a process that is none
 
 
 def start_worker(folder, _index=0, _count=1):
-    """What a worker runs first: numbers of samples are noted in `folder`, in a file of this process.
+    """What a worker runs first: numbers of samples are noted in `folder`, in a file of this process, beside its blocks.
 
     The arguments after the folder are those that grain gives.
     """
-    global _file
+    global _file, _blocks
     _file = os.open(Path(folder) / str(os.getpid()), os.O_WRONLY | os.O_CREAT)
+    _blocks = Blocks(folder, f"{os.getpid()}-block")
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+        threading.Thread(target=_end_with, args=(parent, folder), daemon=True).start()
 
 
-def _end_with(parent):
+def _end_with(parent, folder):
     parent.join()
+    shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 
 
@@ -49,24 +55,23 @@ def _write(text):
 
 
 @contextlib.contextmanager
-def zeros(shape, dtype):
-    """Makes an array of zeros to be filled and given to the loader; in a worker, in memory that is shared with it."""
-    if _file is None:
-        yield np.zeros(shape, dtype)
+def empty(shape, dtype):
+    """Makes an array of any contents, to be filled and given to the loader; in a worker, in memory shared with it."""
+    if _blocks is None:
+        yield np.empty(shape, dtype)
         return
-    from grain.multiprocessing import SharedMemoryArray
-
-    array = SharedMemoryArray(shape, dtype)  # of zeros, as all new memory
-    try:
+    with _blocks.empty(shape, dtype) as array:
         yield array
-    except BaseException:
-        array.unlink_on_del()  # nobody will receive it
-        raise
+
+
+def send(batch):
+    """A batch as it is to leave this process: references in place of what lies in shared memory."""
+    return batch if _blocks is None else {name: _blocks.refer(value) for name, value in batch.items()}
 
 
 def last_of_the_dead(folder):
     """Numbers of the samples that processes were reading that are no more."""
-    noted = {int(path.name): path.read_text().strip() for path in Path(folder).iterdir()}
+    noted = {int(path.name): path.read_text().strip() for path in Path(folder).iterdir() if path.name.isdigit()}
     return [int(sample) for process, sample in sorted(noted.items()) if sample and not _alive(process)]
 
 

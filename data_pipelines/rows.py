@@ -185,7 +185,7 @@ class RowSource:
                 for place, sample in enumerate(samples))  # fmt: skip
         first = next(read)
         channels, dtype = first[2].shape[3], first[2].dtype
-        with reading.zeros((len(plan), self.row_tokens, channels * math.prod(self.patch_size)), dtype) as tokens:
+        with reading.empty((len(plan), self.row_tokens, channels * math.prod(self.patch_size)), dtype) as tokens:
             return dict(tokens=tokens, **self._fill(tokens, itertools.chain([first], read)))
 
     def _fill(self, tokens, samples):
@@ -195,16 +195,20 @@ class RowSource:
         segment_ids = np.zeros((count, self.row_tokens), np.int32)
         text_tokens = np.full((count, self.row_text), PAD_ID, np.int32)
         text_segment_ids = np.zeros((count, self.row_text), np.int32)
+        ends = np.zeros(count, int)
         for row, place, latents, text in samples:
             at, text_at = (0, 0) if place == 0 else (end, text_end)
             patches = patch_view(latents, self.patch_size, self.order)  # [t, h, w, C, pt, ph, pw]
             end = at + math.prod(patches.shape[:3])
             text_end = text_at + len(text) + 1  # + 1: the empty slot
-            tokens[row, at:end].reshape(patches.shape)[...] = patches
+            _copy(patches, tokens[row, at:end])
             where[row, at:end] = _positions(*latents.shape[:3], self.patch_size)
             segment_ids[row, at:end] = place + 1
             text_tokens[row, text_at : text_end - 1] = text
             text_segment_ids[row, text_at:text_end] = place + 1
+            ends[row] = end
+        for row, end in enumerate(ends):
+            tokens[row, end:] = 0
         return dict(
             positions=where, segment_ids=segment_ids, text_tokens=text_tokens, text_segment_ids=text_segment_ids
         )  # fmt: skip
@@ -259,6 +263,16 @@ class RowSource:
         _, h, w = latents.shape[:3]
         frames = int(self.plans.video[sample]) // ((h // ph) * (w // pw)) * pt
         return latents[:frames], text
+
+
+def _copy(patches, tokens):
+    """Puts patches [t, h, w, ...] of three more axes and C into tokens [n, P]."""
+    if patches.strides[-2] == patches.shape[-1] * patches.strides[-1] and patches.strides[-1] == patches.itemsize:
+        # The last two axes lie end to end, as in order "out": copied as one value, at twice the speed.
+        run = np.dtype((np.void, patches.shape[-1] * patches.shape[-2] * patches.itemsize))
+        patches = patches.reshape(*patches.shape[:-2], -1).view(run)
+        tokens = tokens.view(run)
+    tokens.reshape(patches.shape)[...] = patches
 
 
 def _shown(size):

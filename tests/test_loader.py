@@ -72,6 +72,22 @@ def test_workers_give_the_same_batches():
     assert_equal_batches(whole[2:], take(make_loader(rows(), num_workers=2, start_step=2), 3))
 
 
+def test_batches_of_workers_stay_as_they_are_while_they_are_in_use_and_their_memory_is_used_again():
+    loader = make_loader(rows(), num_workers=1, prefetch=1)
+    kept = [next(loader)["tokens"][1:, :3] for _ in range(8)]  # views: nobody holds the batches
+    whole = take(make_loader(rows()), 40)
+    made = len(list(Path(loader._notes.name).glob("*block*")))
+    assert made >= 8
+    kept.append(kept.pop()[:1])
+    for tokens, batch in zip(kept, whole):
+        np.testing.assert_array_equal(tokens, batch["tokens"][1:, :3][: len(tokens)])
+    del kept, tokens
+    for batch in whole[8:]:
+        np.testing.assert_array_equal(next(loader)["tokens"], batch["tokens"])
+    assert len(list(Path(loader._notes.name).glob("*block*"))) <= made + 3  # read ahead when they were counted
+    loader.close()
+
+
 def test_state_of_other_data_is_refused():
     state = make_loader(rows()).get_state()
     for other in (rows(Examples(29)), rows(seed=1), rows(window=3)):
@@ -106,20 +122,21 @@ from data_pipelines.rows import RowSource
 if __name__ == "__main__":
     loader = make_loader(RowSource(Examples(), row_tokens=20, row_text=24, batch_size=4, seed=0), num_workers=1)
     next(loader)
-    print(os.listdir(loader._notes.name)[0], flush=True)
+    print(loader._notes.name, flush=True)
     os._exit(1)
 """
 
 
-def test_workers_do_not_outlive_a_process_that_dies(tmp_path):
+def test_workers_and_their_memory_do_not_outlive_a_process_that_dies(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(ORPHANS.format(path=[str(Path(__file__).parent), str(Path(__file__).parents[1])]))
     run = subprocess.run(
         [sys.executable, script], capture_output=True, text=True, env=os.environ | {"TMPDIR": str(tmp_path)}
     )
-    worker = int(run.stdout)
+    folder = Path(run.stdout.strip())
+    assert folder.name.startswith("sorax-reading-")
     for _ in range(100):
-        if not os.path.exists(f"/proc/{worker}"):
+        if not folder.exists():  # the last that a worker does
             return
         time.sleep(0.1)
     pytest.fail("the worker goes on without its parent")

@@ -154,9 +154,9 @@ def memory(processes):
 
 
 def queued():
-    """MiB of shared memory, some of which may be on its way between processes and in nobody's memory yet."""
+    """MiB of shared memory; some of it may be on its way between processes and in nobody's memory yet."""
     total = 0
-    for path in Path("/dev/shm").glob("psm_*"):
+    for path in (*Path("/dev/shm").glob("psm_*"), *Path("/dev/shm").glob("sorax-reading-*/*")):
         with contextlib.suppress(FileNotFoundError):  # it has arrived
             total += path.stat().st_size
     return total / 2**20
