@@ -114,30 +114,26 @@ def vae_names(config: VAEConfig) -> list[Name]:
         names.append(Name(f"{attention}.norm.gamma", f"{middle}/attention/norm/gamma", GAMMA_2D))
         names.append(Name(f"{side}.norm_out.gamma", f"{side}/norm_out/gamma", GAMMA_3D))
 
-    # Our blocks are one flat list on either side; theirs is flat in the encoder and by stages in the decoder.
-    stages, down = config.width_multipliers, config.temporal_downsample
+    # Our blocks stand by stages on both sides; theirs in the decoder and, in the second generation, in the encoder.
     place = 0
-    for stage, (n_in, n_out) in enumerate(zip((1, *stages), stages)):
+    for stage, (n_in, n_out, down, temporal) in enumerate(config.stages(decoder=False)):
         for i in range(config.num_res_blocks):
-            where = (f"encoder.down_blocks.{place}", f"encoder/blocks/{place}")
+            theirs = f"{stage}.resnets.{i}" if config.shortcuts else place
+            where = (f"encoder.down_blocks.{theirs}", f"encoder/stages/{stage}/blocks/{i}")
             names += res_block(*where, shortcut=i == 0 and n_in != n_out)
             place += 1
-        if stage < len(down):
-            names += resample(f"encoder.down_blocks.{place}", f"encoder/blocks/{place}", down[stage])
+        if down:
+            theirs = f"{stage}.downsampler" if config.shortcuts else place
+            names += resample(f"encoder.down_blocks.{theirs}", f"encoder/stages/{stage}/resample", temporal)
             place += 1
-    place, n_in = 0, stages[-1]
-    for stage, n_out in enumerate(stages[::-1]):
+    upsampler = "upsampler" if config.shortcuts else "upsamplers.0"
+    for stage, (n_in, n_out, up, temporal) in enumerate(config.stages(decoder=True)):
         for i in range(config.num_res_blocks + 1):
-            where = (f"decoder.up_blocks.{stage}.resnets.{i}", f"decoder/blocks/{place}")
-            # Widths, not multipliers: an upsampling halves the width before the next stage.
-            width = config.base_width * n_in // (2 if stage else 1)
-            names += res_block(*where, shortcut=i == 0 and width != config.base_width * n_out)
-            place += 1
-        if stage < len(down):
-            where = (f"decoder.up_blocks.{stage}.upsamplers.0", f"decoder/blocks/{place}")
-            names += resample(*where, down[::-1][stage])
-            place += 1
-        n_in = n_out
+            where = (f"decoder.up_blocks.{stage}.resnets.{i}", f"decoder/stages/{stage}/blocks/{i}")
+            names += res_block(*where, shortcut=i == 0 and n_in != n_out)
+        if up:
+            theirs = f"decoder.up_blocks.{stage}.{upsampler}"
+            names += resample(theirs, f"decoder/stages/{stage}/resample", temporal)
     return names
 
 
@@ -171,7 +167,8 @@ VAE_FIELDS = dict(
     base_dim="base_width", dim_mult="width_multipliers", num_res_blocks="num_res_blocks", z_dim="latent_channels",
     temperal_downsample="temporal_downsample",
 )  # fmt: skip
-VAE_FIXED = dict(decoder_base_dim=None, attn_scales=[], is_residual=False)
+VAE_OPTIONAL = dict(decoder_base_dim="decoder_base_width", is_residual="shortcuts")  # absent in older folders
+VAE_FIXED = dict(attn_scales=[])
 TEXT_FIELDS = dict(
     vocab_size="vocab_size", d_model="width", num_layers="num_layers", num_heads="num_heads", d_kv="head_dim",
     d_ff="ffn_dim", relative_attention_num_buckets="num_buckets", relative_attention_max_distance="max_distance",
@@ -251,8 +248,10 @@ def read_dit(folder):
 def read_vae(folder):
     """Config and parameters of an `AutoencoderKLWan` folder. Raises UserError as `read_diffusers` does."""
     path = folder / "config.json"
-    patch = read_json(path).get("patch_size") or 1
-    config, there = _config(VAEConfig, path, VAE_FIELDS, VAE_FIXED, pixel_patch=patch)
+    raw = read_json(path)
+    patch = raw.get("patch_size") or 1
+    optional = {ours: raw[theirs] for theirs, ours in VAE_OPTIONAL.items() if theirs in raw}
+    config, there = _config(VAEConfig, path, VAE_FIELDS, VAE_FIXED, pixel_patch=patch, **optional)
     for key in ("in_channels", "out_channels"):
         if there.get(key, 3) != 3 * patch**2:
             raise UserError(f"{path}: {key} = {there[key]} does not fit RGB with patch_size {patch}: use another model")

@@ -139,7 +139,7 @@ def vae_json(config: VAEConfig, params) -> dict:
     }
     return {
         "_class_name": "AutoencoderKLWan", "_diffusers_version": DIFFUSERS_VERSION,
-        **_theirs(convert.VAE_FIELDS, config), **convert.VAE_FIXED, "dropout": 0.0, **stats,
+        **_theirs(convert.VAE_FIELDS | convert.VAE_OPTIONAL, config), **convert.VAE_FIXED, "dropout": 0.0, **stats,
         "in_channels": channels, "out_channels": channels,
         "patch_size": config.pixel_patch if config.pixel_patch > 1 else None,
         "scale_factor_temporal": config.temporal_stride, "scale_factor_spatial": config.spatial_stride,

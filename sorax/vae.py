@@ -1,7 +1,8 @@
-"""Causal 3-D convolutional video VAE with the architecture of Wan 2.1's, at any size.
+"""Causal 3-D convolutional video VAE with the architectures of Wan 2.1's and Wan 2.2's, at any size.
 
 Time is compressed causally: the first frame stands alone, every later latent frame covers `temporal_stride` frames
-and sees only what came before. This is the whole-clip form, which needs no cache.
+and sees only what came before. So a video can go through whole, or in chunks that hand each layer's last frames on
+(`sorax.conv.Past`); both give the same numbers.
 
 Legend: B batch, T frames, H height, W width, C channels; lower case t, h, w, c for latents.
 """
@@ -12,6 +13,8 @@ import einops
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from sorax.conv import Conv, Past, conv_space
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +27,8 @@ class VAEConfig:
     latent_channels: int = 16  # [z_dim]
     temporal_downsample: tuple[bool, ...] = (False, True, True)  # [temperal_downsample], one a spatial halving
     pixel_patch: int = 1  # [patch_size]; pixels folded into channels before the first convolution
+    decoder_base_width: int | None = None  # [decoder_base_dim]; None: base_width
+    shortcuts: bool = False  # [is_residual]; Wan 2.2: averages past each stage of the encoder, copies in the decoder
 
     def __post_init__(self):
         if len(self.temporal_downsample) != len(self.width_multipliers) - 1:
@@ -31,6 +36,15 @@ class VAEConfig:
                 f"temporal_downsample needs one entry for each of the {len(self.width_multipliers) - 1} "
                 f"halvings between width_multipliers, got {len(self.temporal_downsample)}"
             )
+        for decoder in (False, True) if self.shortcuts else ():
+            for n_in, n_out, resized, temporal in self.stages(decoder):
+                values = (1 + temporal) * (4 if resized else 1)
+                many, few = (n_out, n_in) if decoder else (n_in, n_out)
+                if (resized or not decoder) and many * values % few:
+                    raise ValueError(
+                        f"shortcuts cannot lead from width {n_in} to {n_out} at {values} values a place: "
+                        "choose width_multipliers that divide each other"
+                    )
 
     @property
     def temporal_stride(self) -> int:
@@ -39,6 +53,20 @@ class VAEConfig:
     @property
     def spatial_stride(self) -> int:
         return self.pixel_patch * 2 ** len(self.temporal_downsample)
+
+    def stages(self, decoder: bool) -> list[tuple[int, int, bool, bool]]:
+        """(width in, width out, changes the size, changes the rate) of each stage of the encoder or the decoder."""
+        base = (self.decoder_base_width or self.base_width) if decoder else self.base_width
+        widths = [base * m for m in self.width_multipliers]
+        times = [*self.temporal_downsample, False]
+        if decoder:
+            widths, times = widths[::-1], [*self.temporal_downsample[::-1], False]
+            # In the first generation upsampling halves the width before the next stage.
+            inputs = [widths[0], *(w if self.shortcuts else w // 2 for w in widths[:-1])]
+        else:
+            inputs = [base, *widths[:-1]]
+        last = len(widths) - 1
+        return [(n_in, n_out, i < last, times[i]) for i, (n_in, n_out) in enumerate(zip(inputs, widths))]
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
         """(t, h, w) of the latents of a video.
@@ -53,63 +81,6 @@ class VAEConfig:
         if height < ss or width < ss or height % ss or width % ss:
             raise ValueError(f"the VAE takes heights and widths in multiples of {ss}, got {height} x {width} (h x w)")
         return 1 + (num_frames - 1) // ts, height // ss, width // ss
-
-
-def conv_causal(x, kernel):
-    """3-D convolution of x `[B, T, H, W, C]` by kernel `[kt, kh, kw, C, C_out]`: causal in time, SAME in space.
-
-    XLA's CPU backend runs a 3-D convolution several times slower than the 2-D convolutions of its time taps, so
-    there it is a sum of those, none of which reads padding; accelerators take it whole (`experiments/bench/conv.py`).
-    """
-    T = x.shape[1]
-    kernel = kernel[-T:]  # taps further back than the clip is long see padding alone
-
-    def whole(x, kernel):
-        kt, kh, kw = kernel.shape[:3]
-        padding = ((kt - 1, 0), ((kh - 1) // 2, kh // 2), ((kw - 1) // 2, kw // 2))
-        return jax.lax.conv_general_dilated(
-            x, kernel, (1, 1, 1), padding, dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
-        )
-
-    def by_taps(x, kernel):
-        out = conv_space(x, kernel[-1])
-        for back in range(1, kernel.shape[0]):
-            past = conv_space(x[:, : T - back], kernel[-1 - back])
-            out = out + jnp.pad(past, ((0, 0), (back, 0), (0, 0), (0, 0), (0, 0)))
-        return out
-
-    return jax.lax.platform_dependent(x, kernel, cpu=by_taps, default=whole)
-
-
-def conv_space(x, kernel, *, stride: int = 1, padding="SAME"):
-    """2-D convolution of every frame of `[B, T, H, W, C]`; kernel `[kh, kw, C, C_out]`."""
-    B = x.shape[0]
-    frames = einops.rearrange(x, "b t h w c -> (b t) h w c")
-    out = jax.lax.conv_general_dilated(
-        frames, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-    return einops.rearrange(out, "(b t) h w c -> b t h w c", b=B)
-
-
-class Conv(nnx.Module):
-    """Convolution with kernel (kt, kh, kw), causal in time: only past frames are padded, with zeros.
-
-    It starts as the convolution of each frame alone (past taps are zero), so that what is learned from images holds
-    for every frame of a clip from the start: an inflated image network.
-    """
-
-    def __init__(self, n_in, n_out, kernel_size, rngs, *, std_scale=1.0):
-        kt, kh, kw = kernel_size
-        std = std_scale * (n_in * kh * kw) ** -0.5
-        now = std * jax.random.normal(rngs.params(), (1, kh, kw, n_in, n_out))
-        self.kernel = nnx.Param(jnp.pad(now, ((kt - 1, 0), (0, 0), (0, 0), (0, 0), (0, 0))))
-        self.bias = nnx.Param(jnp.zeros(n_out))
-
-    def __call__(self, x):
-        kernel = self.kernel[...]
-        if kernel.shape[:3] == (1, 1, 1):
-            return x @ kernel[0, 0, 0] + self.bias[...]
-        return conv_causal(x, kernel) + self.bias[...]
 
 
 class Norm(nnx.Module):
@@ -134,9 +105,9 @@ class ResBlock(nnx.Module):
         self.conv2 = Conv(n_out, n_out, (3, 3, 3), rngs, std_scale=0.1)
         self.shortcut = Conv(n_in, n_out, (1, 1, 1), rngs) if n_in != n_out else None
 
-    def __call__(self, x):
-        h = self.conv1(jax.nn.silu(self.norm1(x)))
-        h = self.conv2(jax.nn.silu(self.norm2(h)))
+    def __call__(self, x, past=None):
+        h = self.conv1(jax.nn.silu(self.norm1(x)), past)
+        h = self.conv2(jax.nn.silu(self.norm2(h)), past)
         return h + (x if self.shortcut is None else self.shortcut(x))
 
 
@@ -164,8 +135,8 @@ class Middle(nnx.Module):
         self.attention = FrameAttention(width, rngs)
         self.block2 = ResBlock(width, width, rngs)
 
-    def __call__(self, x):
-        return self.block2(self.attention(self.block1(x)))
+    def __call__(self, x, past=None):
+        return self.block2(self.attention(self.block1(x, past)), past)
 
 
 class Downsample(nnx.Module):
@@ -177,81 +148,133 @@ class Downsample(nnx.Module):
         if temporal:  # starts by keeping the middle one of each window of three frames
             self.time_conv.kernel[...] = jnp.zeros((3, 1, 1, width, width)).at[1, 0, 0].set(jnp.eye(width))
 
-    def __call__(self, x):
+    def __call__(self, x, past=None):
         x = conv_space(x, self.conv.kernel[...][0], stride=2, padding=((0, 1), (0, 1))) + self.conv.bias[...]
-        if self.time_conv is None or x.shape[1] == 1:
+        if self.time_conv is None:
             return x
+        before = None
+        if past is not None:
+            before = past.take()
+            past.leave(x[:, -1:])
+            if before is not None:
+                x = jnp.concatenate([before, x], axis=1)
         # Stride 2 over three frames at a time, the first of them shared with the window before: products by tap.
         kernel, n = self.time_conv.kernel[...][:, 0, 0], (x.shape[1] - 1) // 2
         later = sum(x[:, tap : tap + 2 * n : 2] @ kernel[tap] for tap in range(3)) + self.time_conv.bias[...]
-        return jnp.concatenate([x[:, :1], later], axis=1)
+        return later if before is not None else jnp.concatenate([x[:, :1], later], axis=1)
 
 
 class Upsample(nnx.Module):
-    """Doubles space (nearest, then a convolution that halves the width) and, if asked, time behind the first frame.
+    """Doubles space (nearest, then a convolution to n_out) and, if asked, time behind the first frame.
 
     The first latent frame is not context of the rest: Wan's streaming form starts its cache after it.
     """
 
-    def __init__(self, width, temporal, rngs):
-        self.conv = Conv(width, width // 2, (1, 3, 3), rngs)
+    def __init__(self, width, n_out, temporal, rngs):
+        self.conv = Conv(width, n_out, (1, 3, 3), rngs)
         self.time_conv = Conv(width, 2 * width, (3, 1, 1), rngs) if temporal else None
         if temporal:  # starts by showing every frame twice
             twice = jnp.tile(jnp.eye(width), (1, 2))
             self.time_conv.kernel[...] = jnp.zeros((3, 1, 1, width, 2 * width)).at[2, 0, 0].set(twice)
 
-    def __call__(self, x):
-        if self.time_conv is not None and x.shape[1] > 1:
-            rest = einops.rearrange(self.time_conv(x[:, 1:]), "b t h w (two c) -> b (t two) h w c", two=2)
-            x = jnp.concatenate([x[:, :1], rest], axis=1)
+    def __call__(self, x, past=None):
+        if self.time_conv is not None:
+            first = past is None or past.first
+            alone, rest = (x[:, :1], x[:, 1:]) if first else (x[:, :0], x)
+            rest = einops.rearrange(self.time_conv(rest, past), "b t h w (two c) -> b (t two) h w c", two=2)
+            x = jnp.concatenate([alone, rest], axis=1)
         x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
         return self.conv(x)
 
 
+def average_down(x, n_out, time, space, first):
+    """Means over blocks of time x space x space values and over groups of channels, to n_out channels.
+
+    In the first chunk of a video the first frame is joined by frames of zeros before it.
+    """
+    if first:
+        x = jnp.pad(x, ((0, 0), (time - 1, 0), (0, 0), (0, 0), (0, 0)))
+    x = einops.rearrange(x, "b (t a) (h p) (w q) c -> b t h w (c a p q)", a=time, p=space, q=space)
+    return einops.reduce(x, "b t h w (c g) -> b t h w c", "mean", c=n_out)
+
+
+def copy_up(x, n_out, time, space, first):
+    """Copies of channels laid out as blocks of time x space x space values of n_out channels: undoes `average_down`.
+
+    In the first chunk of a video the first frame becomes one frame.
+    """
+    x = jnp.repeat(x, n_out * time * space**2 // x.shape[-1], axis=-1)
+    x = einops.rearrange(x, "b t h w (c a p q) -> b (t a) (h p) (w q) c", a=time, p=space, q=space)
+    return x[:, time - 1 :] if first else x
+
+
+class Stage(nnx.Module):
+    """Residual blocks at one size, then the change to the next; `shortcut` (Wan 2.2) leads past both."""
+
+    def __init__(self, blocks, resample, shortcut):
+        self.blocks = nnx.List(blocks)
+        self.resample = resample
+        self.shortcut = shortcut
+
+    def __call__(self, x, past=None, remat=False):
+        y = x
+        for block in self.blocks:
+            # What a chunk leaves for the next cannot leave a rematerialised function: streams are not differentiated.
+            y = jax.checkpoint(block)(y) if remat and past is None else block(y, past)
+        if self.resample is not None:
+            y = self.resample(y, past)
+        if self.shortcut is None:
+            return y
+        function, n_out, time, space = self.shortcut
+        return y + function(x, n_out, time, space, past is None or past.first)
+
+
+def _blocks(n_in, n_out, count, rngs):
+    return [ResBlock(n_in if i == 0 else n_out, n_out, rngs) for i in range(count)]
+
+
 class Encoder(nnx.Module):
     def __init__(self, config: VAEConfig, rngs):
-        widths = [config.base_width * m for m in (1, *config.width_multipliers)]
-        self.conv_in = Conv(3 * config.pixel_patch**2, widths[0], (3, 3, 3), rngs)
-        blocks = []
-        for stage, (n_in, n_out) in enumerate(zip(widths[:-1], widths[1:])):
-            for i in range(config.num_res_blocks):
-                blocks.append(ResBlock(n_in if i == 0 else n_out, n_out, rngs))
-            if stage < len(config.temporal_downsample):
-                blocks.append(Downsample(n_out, config.temporal_downsample[stage], rngs))
-        self.blocks = nnx.List(blocks)
-        self.middle = Middle(widths[-1], rngs)
-        self.norm_out = Norm(widths[-1])
-        self.conv_out = Conv(widths[-1], 2 * config.latent_channels, (3, 3, 3), rngs)
+        plan = config.stages(decoder=False)
+        self.conv_in = Conv(3 * config.pixel_patch**2, plan[0][0], (3, 3, 3), rngs)
+        stages = []
+        for n_in, n_out, down, temporal in plan:
+            blocks = _blocks(n_in, n_out, config.num_res_blocks, rngs)
+            resample = Downsample(n_out, temporal, rngs) if down else None
+            shortcut = (average_down, n_out, 1 + temporal, 1 + down) if config.shortcuts else None
+            stages.append(Stage(blocks, resample, shortcut))
+        self.stages = nnx.List(stages)
+        self.middle = Middle(n_out, rngs)
+        self.norm_out = Norm(n_out)
+        self.conv_out = Conv(n_out, 2 * config.latent_channels, (3, 3, 3), rngs)
 
-    def __call__(self, x):
-        x = self.conv_in(x)
-        for block in self.blocks:
-            x = block(x)
-        return self.conv_out(jax.nn.silu(self.norm_out(self.middle(x))))
+    def __call__(self, x, past=None, remat=False):
+        x = self.conv_in(x, past)
+        for stage in self.stages:
+            x = stage(x, past, remat)
+        return self.conv_out(jax.nn.silu(self.norm_out(self.middle(x, past))), past)
 
 
 class Decoder(nnx.Module):
     def __init__(self, config: VAEConfig, rngs):
-        widths = [config.base_width * m for m in (config.width_multipliers[-1], *config.width_multipliers[::-1])]
-        self.conv_in = Conv(config.latent_channels, widths[0], (3, 3, 3), rngs)
-        self.middle = Middle(widths[0], rngs)
-        blocks = []
-        upsample = config.temporal_downsample[::-1]
-        for stage, (n_in, n_out) in enumerate(zip(widths[:-1], widths[1:])):
-            n_in = n_in // 2 if stage > 0 else n_in  # the upsampling before it has halved the width
-            for i in range(config.num_res_blocks + 1):
-                blocks.append(ResBlock(n_in if i == 0 else n_out, n_out, rngs))
-            if stage < len(upsample):
-                blocks.append(Upsample(n_out, upsample[stage], rngs))
-        self.blocks = nnx.List(blocks)
-        self.norm_out = Norm(widths[-1])
-        self.conv_out = Conv(widths[-1], 3 * config.pixel_patch**2, (3, 3, 3), rngs)
+        plan = config.stages(decoder=True)
+        self.conv_in = Conv(config.latent_channels, plan[0][0], (3, 3, 3), rngs)
+        self.middle = Middle(plan[0][0], rngs)
+        stages = []
+        for n_in, n_out, up, temporal in plan:
+            blocks = _blocks(n_in, n_out, config.num_res_blocks + 1, rngs)
+            resample = Upsample(n_out, n_out if config.shortcuts else n_out // 2, temporal, rngs) if up else None
+            shortcut = (copy_up, n_out, 1 + temporal, 2) if config.shortcuts and up else None
+            stages.append(Stage(blocks, resample, shortcut))
+        self.stages = nnx.List(stages)
+        self.norm_out = Norm(n_out)
+        self.conv_out = Conv(n_out, 3 * config.pixel_patch**2, (3, 3, 3), rngs)
 
-    def __call__(self, x):
-        x = self.middle(self.conv_in(x))
-        for block in self.blocks:
-            x = block(x)
-        return self.conv_out(jax.nn.silu(self.norm_out(x)))
+    def __call__(self, x, past=None, remat=False):
+        x = self.middle(self.conv_in(x, past), past)
+        for stage in self.stages:
+            x = stage(x, past, remat)
+        return self.conv_out(jax.nn.silu(self.norm_out(x)), past)
 
 
 class VAE(nnx.Module):
@@ -269,30 +292,69 @@ class VAE(nnx.Module):
         self.latents_mean = nnx.Param(jnp.zeros(c))
         self.latents_std = nnx.Param(jnp.ones(c))
 
-    def encode(self, video):
-        """Posterior of a video.
+    def encode(self, video, *, remat: bool = False):
+        """Posterior of whole videos.
 
         Args:
-            video: `[B, T, H, W, 3]` float in [-1, 1].
+            video: `[B, T, H, W, 3]` float in [-1, 1], T = 4n + 1 (for a temporal stride of 4).
+            remat: recompute the blocks in the backward pass.
 
         Returns:
             mean and log-variance, each `[B, t, h, w, C]`, not normalised.
 
         Raises:
-            ValueError: the shape is off the VAE's grid.
+            ValueError: the shape is off the VAE's grid, or integers are given.
         """
+        self._check_video(video)
+        self.config.latent_shape(*video.shape[1:4])
+        return self._moments(self.encoder(self._fold(video), remat=remat))
+
+    def encode_chunk(self, video, frames=None):
+        """Posterior of the next chunk of videos, given what the chunk before left; as exact as `encode` of all.
+
+        Args:
+            video: `[B, T, H, W, 3]` as in `encode`; T = 4n + 1 in the first chunk, 4n in later ones.
+            frames: the third result of the chunk before, None for the first.
+
+        Returns:
+            mean, log-variance, and what the next chunk needs (a pytree whose size does not depend on T).
+        """
+        self._check_video(video)
+        self.config.latent_shape(video.shape[1] + (frames is not None), *video.shape[2:4])
+        past = Past(frames)
+        mean, logvar = self._moments(self.encoder(self._fold(video), past))
+        return mean, logvar, past.frames
+
+    def decode(self, z, *, remat: bool = False):
+        """Video `[B, T, H, W, 3]` of latents z `[B, t, h, w, C]` that are not normalised; not clipped to [-1, 1]."""
+        return self._unfold(self.decoder(self.post_quant_conv(z), remat=remat))
+
+    def decode_chunk(self, z, frames=None):
+        """The next frames of videos, from the next latents (any number) and what the chunk before left.
+
+        Returns:
+            video `[B, T, H, W, 3]`, T = 4t - 3 in the first chunk (frames None), 4t in later ones; and what the next
+            chunk needs.
+        """
+        past = Past(frames)
+        return self._unfold(self.decoder(self.post_quant_conv(z), past)), past.frames
+
+    def _check_video(self, video):
         if video.ndim != 5 or video.shape[-1] != 3:
             raise ValueError(f"the VAE takes videos [B, T, H, W, 3] (channels last), got {video.shape}")
-        self.config.latent_shape(*video.shape[1:4])
-        p = self.config.pixel_patch
-        x = einops.rearrange(video, "b t (h ph) (w pw) c -> b t h w (c pw ph)", ph=p, pw=p)
-        mean, logvar = jnp.split(self.quant_conv(self.encoder(x)), 2, axis=-1)
+        if not jnp.issubdtype(video.dtype, jnp.floating):
+            raise ValueError(f"the VAE takes floats in [-1, 1], got {video.dtype}: divide by 127.5, subtract 1")
+
+    def _moments(self, x):
+        mean, logvar = jnp.split(self.quant_conv(x), 2, axis=-1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
-    def decode(self, z):
-        """Video `[B, T, H, W, 3]` of latents z `[B, t, h, w, C]` that are not normalised; not clipped to [-1, 1]."""
+    def _fold(self, video):
         p = self.config.pixel_patch
-        x = self.decoder(self.post_quant_conv(z))
+        return einops.rearrange(video, "b t (h ph) (w pw) c -> b t h w (c pw ph)", ph=p, pw=p)
+
+    def _unfold(self, x):
+        p = self.config.pixel_patch
         return einops.rearrange(x, "b t h w (c pw ph) -> b t (h ph) (w pw) c", ph=p, pw=p)
 
     def normalize(self, z):

@@ -7,8 +7,9 @@ import pytest
 from flax import nnx
 from random_params import assert_close, random_params
 
+from sorax.conv import conv_causal
 from sorax.functional import abstract, count, init
-from sorax.vae import VAE, VAEConfig, conv_causal
+from sorax.vae import VAE, VAEConfig
 
 CONFIG = VAEConfig(base_width=4, width_multipliers=(1, 2, 2), num_res_blocks=1, latent_channels=3,
                    temporal_downsample=(True, True))  # fmt: skip

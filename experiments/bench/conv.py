@@ -13,7 +13,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 from experiments.bench.timing import median_cpu_seconds  # noqa: E402
-from sorax.vae import conv_causal  # noqa: E402
+from sorax.conv import conv_causal  # noqa: E402
 
 SHAPES = ((4, 9, 32, 32, 16), (4, 9, 16, 16, 32), (4, 5, 8, 8, 64), (32, 1, 16, 16, 32))
 
