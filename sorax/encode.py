@@ -95,6 +95,8 @@ class Codec:
         latents = [np.asarray(z) for z in latents]
         for z in latents:
             stream.check_latents(self.config, z)
+            if not len(z):
+                raise UserError("latents without a frame: there is nothing to decode")
         return self._all(DECODE, latents)
 
     def _moments(self, videos):

@@ -32,18 +32,23 @@ def programs(config: VAEConfig, place: NamedSharding | None = None):
     `[B, t, h, w, 2 C]` (means, then log-variances, not normalised) and what the next chunk needs (`frames`, None before
     the first chunk). decode(params, latents, frames, last): normalised latents -> uint8 video, and the same.
     Nothing is kept for a next chunk after the `last`: a whole clip is a first chunk that is the last.
+    It is computed in the dtype of the parameters.
     """
     graphdef, _ = functional.abstract(VAE, config)
+
+    def dtype(params):
+        return params["encoder"]["conv_in"]["kernel"].dtype
 
     def encode(params, video, frames, last):
         if video.dtype == jnp.uint8:
             video = video.astype(jnp.float32) / 127.5 - 1.0
-        mean, logvar, frames = nnx.merge(graphdef, params).encode_chunk(video, frames)
-        return jnp.concatenate([mean, logvar], axis=-1), None if last else frames
+        mean, logvar, frames = nnx.merge(graphdef, params).encode_chunk(video.astype(dtype(params)), frames)
+        return jnp.concatenate([mean, logvar], axis=-1).astype(jnp.float32), None if last else frames
 
     def decode(params, latents, frames, last):
         vae = nnx.merge(graphdef, params)
-        video, frames = vae.decode_chunk(vae.denormalize(latents), frames)
+        video, frames = vae.decode_chunk(vae.denormalize(latents).astype(dtype(params)), frames)
+        video = video.astype(jnp.float32)
         return jnp.round((jnp.clip(video, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8), None if last else frames
 
     options = dict(static_argnums=3, donate_argnums=2, out_shardings=place)

@@ -122,7 +122,7 @@ def test_a_wrong_video_is_refused_in_words(codec, name):
         (np.zeros((3, 2, 4, 4), np.float32), r"\[t, h, w, 3\] \(channels last\), these are \[3, 2, 4, 4\]"),
         (np.zeros((2, 4, 4, 3), np.uint8), "floats, these are uint8"),
         (np.full((2, 4, 4, 3), np.inf, np.float32), "96 of 96 values are NaN or infinite"),
-        (np.zeros((0, 4, 4, 3), np.float32), "these are"),
+        (np.zeros((0, 4, 4, 3), np.float32), "nothing to decode"),
     ],
 )
 def test_wrong_latents_are_refused_in_words(codec, latents, message):
