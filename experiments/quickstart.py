@@ -32,7 +32,7 @@ def get_vae():
     config.loss = dict(l1=0.0, l2=1.0, kl=2e-4)
     world = get_world()
     world.shapes = ((5, 32, 32),)
-    config.data = dict(path="", world=world, batch=8, image_steps=350, image_batch=32)
+    config.data = dict(path="", world=world, batch=8, stages=(dict(steps=350, batch=32, crop=(1, 0, 0)),))
     config.optim = dict(optimizer="muon", lr=2e-2, warmup_steps=20, final_lr=0.02, b2=0.99, ema_decay=0.98)
     config.train = dict(steps=800, seed=0, log_every=20)
     config.checkpoint = dict(every=400, keep=1)

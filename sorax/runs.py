@@ -131,7 +131,8 @@ def load_vae(workdir: str):
     if config.kind != "vae":
         raise UserError(f"{workdir!r} is the run of a {config.kind}, not of a VAE: set config.vae.path to a VAE run")
     vae_config = config_lib.build(VAEConfig, config.model, "model")
-    params, step = load_params(workdir, functional.abstract(VAE, vae_config)[1], "ema")
+    params, step = load_params(workdir, dict(vae=functional.abstract(VAE, vae_config)[1]), "ema")
+    params = params["vae"]
     if step < config.train.steps:
         raise UserError(f"the VAE in {workdir!r} is at step {step} of {config.train.steps}: finish it first, with "
                         f"`sorax train --workdir {workdir}` and its config")  # fmt: skip
