@@ -74,10 +74,15 @@ def _parse(argv):
     sample.add_argument("--weights", choices=("ema", "raw"), default="ema")
     sample.add_argument("--out", default="sample.mp4", help=".mp4, .gif or .png; several prompts are numbered")
 
-    evaluate = verb(evaluate_verb, "evaluate", "score a run against exact ground truth")
-    evaluate.add_argument("--run", required=True, dest="workdir", help="run folder")
+    evaluate = verb(evaluate_verb, "evaluate", "score a run against exact ground truth, or a VAE by its copies")
+    evaluate.add_argument("--run", required=True, dest="workdir", help="run folder, or a diffusers folder with a VAE")
     evaluate.add_argument("--out", default="report", help="folder for scores.json, scores.md and pictures")
     evaluate.add_argument("--clips", type=int, default=0, help="clips of each split (default: the config's)")
+
+    evaluate.add_argument("--data", default="", help="of a VAE: folder of videos, or world (default: the run's data)")
+    evaluate.add_argument("--data.KEY=VALUE", dest="_", help="override a key of it, such as --data.max_tokens=4096")
+    evaluate.add_argument("--lpips", default="", metavar="FILE", help="of a VAE: LPIPS weights, see sorax/lpips.py")
+    evaluate.set_defaults(takes_overrides=True, prefix="--data.")
 
     export = verb(export_verb, "export", "write the networks for other programs")
     export.add_argument("--run", required=True, dest="workdir", help="run folder")
@@ -210,14 +215,15 @@ def sample_verb(arguments, _):
         print(f"{out}: {prompt}")
 
 
-def evaluate_verb(arguments, _):
-    _evaluate(arguments.workdir, arguments.out, arguments.clips)
+def evaluate_verb(arguments, overrides):
+    _evaluate(arguments.workdir, arguments.out, arguments.clips, data=arguments.data, overrides=overrides,
+              lpips=arguments.lpips)  # fmt: skip
 
 
-def _evaluate(workdir, out, clips):
+def _evaluate(workdir, out, clips, **settings):
     from sorax import evaluate
 
-    scores = evaluate.evaluate_folder(workdir, out, num_clips=clips or None)
+    scores = evaluate.evaluate_folder(workdir, out, num_clips=clips or None, **settings)
     print("\n".join(evaluate.summary_lines(scores)))
     print(f"report: {out}")
 
