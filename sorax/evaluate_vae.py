@@ -299,7 +299,7 @@ def summary_lines(scores: dict) -> list[str]:
 def _latents_line(latents):
     return (f"{latents['kl_per_position']:.2f} nats a latent position, mean posterior std "
             f"{latents['mean_posterior_std']:.3f}, {latents['unused_channels']} of {len(latents['kl'])} channels "
-            "not used")  # fmt: skip
+            "unused")  # fmt: skip
 
 
 def markdown(scores: dict) -> str:
