@@ -49,7 +49,7 @@ def _parse(argv):
 
     encode = verb(encode_verb, "encode", "write the latents of videos, once for all trainings, or check them")
     encode.add_argument("--config", default="", help="DiT experiment whose data section names the videos")
-    encode.add_argument("--vae", default="", help="run of the VAE, or of a DiT that has one (default: config.vae.path)")
+    encode.add_argument("--vae", default="", help="VAE: run, run of a DiT, or diffusers folder (default: config.vae.path)")
     encode.add_argument("--out", default="", help="folder of the latents; train with --config.data.path=shards:FOLDER")
     encode.add_argument("--shards", type=int, default=0, help="number of files (default: as many as stay below 256 MB)")
     encode.add_argument("--tokenizer", default="", help="run or latents whose tokenizer to use (default: a new one)")
@@ -84,8 +84,8 @@ def _parse(argv):
     evaluate.add_argument("--lpips", default="", metavar="FILE", help="of a VAE: LPIPS weights, see sorax/lpips.py")
     evaluate.set_defaults(takes_overrides=True, prefix="--data.")
 
-    export = verb(export_verb, "export", "write the networks for other programs")
-    export.add_argument("--run", required=True, dest="workdir", help="run folder")
+    export = verb(export_verb, "export", "write the networks of a run, or its VAE alone, for other programs")
+    export.add_argument("--run", required=True, dest="workdir", help="run folder, of a VAE for the VAE alone")
     export.add_argument("--out", required=True, help="new folder")
     export.add_argument("--format", choices=("diffusers", "safetensors"), default="diffusers")
     export.add_argument("--dtype", choices=("f32", "bf16"), default="f32")
@@ -235,8 +235,15 @@ def export_verb(arguments, _):
 
 def _export(workdir, out, form, dtype, weights):
     from sorax import export
-    from sorax.runs import load_run
+    from sorax.export_vae import export_vae_folder
+    from sorax.runs import kind_of, load_run
 
+    if kind_of(workdir) != "dit":
+        if weights != "ema":
+            raise UserError(f"{workdir!r} is a VAE, whose latent statistics are those of the EMA weights: export it "
+                            "without --weights raw")  # fmt: skip
+        export_vae_folder(workdir, out, form=form, dtype=dtype)
+        return
     run = load_run(workdir, weights)
     write = {"diffusers": export.export_diffusers, "safetensors": export.export_safetensors}[form]
     write(run.networks, run.tokenizer, out, shift=run.config.flow.sample_shift, dtype=dtype,

@@ -210,7 +210,7 @@ def _score_split(codec, split, name, out, distance, most, progress):
     shown = {order[k] for k in np.linspace(0, len(order) - 1, min(most, len(order))).astype(int)}
     for shape, size, batch in batches:
         samples = [split.source[i] for i in batch]
-        copies, posteriors = _copy(codec, [sample["video"] for sample in samples], size)
+        copies, posteriors = copy_videos(codec, [sample["video"] for sample in samples], size)
         for i, sample, copy, posterior in zip(batch, samples, copies, posteriors):
             statistics.add(posterior)
             found.setdefault(shape, []).append(clip_scores(sample["video"], copy, distance))
@@ -243,8 +243,12 @@ def _batches(split):
     return batches
 
 
-def _copy(codec, videos, size):
-    """Copies uint8 and posteriors (mean, variance) float32 `[t, h, w, 2C]` of at most `size` videos of one shape."""
+def copy_videos(codec, videos, size):
+    """Copies uint8 and posteriors (mean, variance) float32 `[t, h, w, 2C]` of videos uint8 of one shape.
+
+    They go through in one batch of `size`, which is at least their number; those over PIXELS_A_BATCH one after the
+    other in chunks, with memory that does not grow with their length.
+    """
     if math.prod(videos[0].shape[:3]) > PIXELS_A_BATCH:
         return zip(*(_copy_in_chunks(codec, video) for video in videos))
     posteriors = codec.posteriors(videos + videos[-1:] * (size - len(videos)))  # full, so that a shape compiles once
@@ -252,7 +256,6 @@ def _copy(codec, videos, size):
 
 
 def _copy_in_chunks(codec, video):
-    """The same of one video, with memory of the networks that does not grow with its length."""
     stride = codec.config.temporal_stride
     chunk = max(stride, min(CHUNK, PIXELS_A_BATCH // math.prod(video.shape[1:3])) // stride * stride)
     encoder = EncodeStream(codec.config, codec.params, chunk, posterior=True)

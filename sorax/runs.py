@@ -77,22 +77,26 @@ class Run:
 
     def scores(self) -> dict[str, str]:
         """The main scores of `report/scores.json` in words; empty where it is missing or of another step."""
-        path = os.path.join(self.workdir, "report", "scores.json")
-        if not os.path.exists(path):
-            return {}
-        with open(path) as f:
-            report = json.load(f)
-        if report["step"] != self.step:
-            return {}
         scores = {}
-        for split, found in report["splits"].items():
+        for split, found in report_splits(self.workdir, self.step).items():
             joint = found.get("prompts", {}).get("model", {}).get("joint")
             if joint:
                 low, high = 100 * joint["lo"], 100 * joint["hi"]
                 share = f"{100 * joint['rate']:.1f} % [{low:.1f}, {high:.1f}] of {joint['n']} clips"
                 scores[f"prompts followed in every attribute, {split}"] = share
-            scores[f"VAE PSNR, {split}"] = f"{found['vae']['psnr']:.2f} dB"
+            if found["vae"]["psnr"] is not None:  # else every clip was copied exactly
+                scores[f"VAE PSNR, {split}"] = f"{found['vae']['psnr']:.2f} dB"
         return scores
+
+
+def report_splits(workdir: str, step: int) -> dict:
+    """Split -> scores, of a run's `report/scores.json`; empty where it is missing or of another step."""
+    path = os.path.join(workdir, "report", "scores.json")
+    if not os.path.exists(path):
+        return {}
+    with open(path) as f:
+        report = json.load(f)
+    return report["splits"] if report["step"] == step else {}
 
 
 def load_run(workdir: str, weights: str = "ema") -> Run:

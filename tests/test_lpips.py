@@ -57,7 +57,11 @@ def test_it_is_symmetric_zero_for_equal_pictures_and_positive_else(distance):
 
 def test_the_gradient_is_finite_where_pictures_are_equal_or_black(metric):
     a, b = pictures("small")
-    slope = jax.jit(jax.grad(lambda x, y: jnp.sum(metric(x, y))))
+    compiled = jax.jit(jax.grad(lambda x, y, params: jnp.sum(metric(x, y, params))))
+
+    def slope(x, y):
+        return compiled(x, y, metric.params)
+
     black = np.full_like(a, -1.0)
     for x, y in ((a, a), (black, black), (black, b), (a, b)):
         assert np.isfinite(slope(x, y)).all()
@@ -66,9 +70,9 @@ def test_the_gradient_is_finite_where_pictures_are_equal_or_black(metric):
 
 def test_a_gradient_step_brings_pictures_nearer(metric):
     a, b = pictures("small")
-    value = jax.jit(jax.value_and_grad(lambda x: jnp.sum(metric(x, b))))
-    before, slope = value(a)
-    after, _ = value(a - 1e-2 * slope / np.sqrt(np.sum(np.square(slope))))
+    value = jax.jit(jax.value_and_grad(lambda x, params: jnp.sum(metric(x, b, params))))
+    before, slope = value(a, metric.params)
+    after, _ = value(a - 1e-2 * slope / np.sqrt(np.sum(np.square(slope))), metric.params)
     assert after < before
 
 
