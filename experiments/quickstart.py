@@ -24,7 +24,7 @@ def get_vae():
     """The VAE experiment: 2x4x4 compression, trained first, on single frames and then on clips."""
     config = ConfigDict()
     config.kind = "vae"
-    config.path = ""  # a finished VAE run to use instead of training one
+    config.path = ""  # a finished VAE run, or a diffusers folder, to use instead of training one
     config.model = dict(
         base_width=16, width_multipliers=(1, 2), num_res_blocks=1, latent_channels=5, temporal_downsample=(True,),
         pixel_patch=2,

@@ -69,13 +69,17 @@ class Codec:
         """Latents float32 `[t, h, w, C]` (posterior means, normalised) of each video uint8 `[T, H, W, 3]`."""
         return self._by_shape(self._encode, videos, _pixels)
 
+    def posteriors(self, videos):
+        """Mean and variance float32 `[t, h, w, 2C]`, not normalised, of the posterior of each video."""
+        return self._by_shape(self._moments, videos, _pixels)
+
     def statistics(self, videos):
         """Mean and standard deviation float32 `[C]` of each channel of latents drawn from the posteriors of videos.
 
         Of draws, not of posterior means: a channel that the VAE does not use has means near 0 and draws of variance 1,
         and to scale its means up to 1 would make the DiT learn noise.
         """
-        moments = self._by_shape(self._moments, videos, _pixels)
+        moments = self.posteriors(videos)
         flat = np.concatenate([m.reshape(-1, m.shape[-1]) for m in moments]).astype(np.float64)
         means, variances = np.split(flat, 2, axis=1)
         deviation = np.sqrt(means.var(0) + variances.mean(0))

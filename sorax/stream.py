@@ -35,7 +35,12 @@ def _programs(config: VAEConfig):
         video, frames = vae.decode_chunk(vae.denormalize(latents), frames)
         return jnp.round((jnp.clip(video, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8), frames
 
-    return jax.jit(encode, donate_argnums=2), jax.jit(decode, donate_argnums=2)
+    def posterior(params, video, frames):
+        vae = nnx.merge(graphdef, params)
+        mean, logvar, frames = vae.encode_chunk(video.astype(jnp.float32) / 127.5 - 1.0, frames)
+        return jnp.concatenate([mean, jnp.exp(logvar)], axis=-1), frames
+
+    return tuple(jax.jit(f, donate_argnums=2) for f in (encode, decode, posterior))
 
 
 class _Stream:
@@ -78,13 +83,14 @@ class EncodeStream(_Stream):
 
     Args:
         chunk: frames that go through at a time, a multiple of the temporal stride: memory grows with it.
+        posterior: give mean and variance float32 [t, h, w, 2C], not normalised, in place of latents.
     """
 
-    def __init__(self, config: VAEConfig, params, chunk: int = CHUNK):
+    def __init__(self, config: VAEConfig, params, chunk: int = CHUNK, *, posterior: bool = False):
         stride = config.temporal_stride
         if chunk < stride or chunk % stride:
             raise UserError(f"a stream's chunk of {chunk} frames: use a multiple of the temporal stride {stride}")
-        super().__init__(_programs(config)[0], params, chunk + 1, chunk)
+        super().__init__(_programs(config)[2 if posterior else 0], params, chunk + 1, chunk)
         self._stride = stride
 
     def finish(self):
