@@ -4,7 +4,7 @@
     sorax evaluate --run runs/vae_world
 
 One to three objects, every motion and background, images and clips of several shapes; 2x4x4 compression into 16
-channels. Images come first: they are cheap, and space is learned from them. Then small crops of clips, then all of them.
+channels. Images come first: they are cheap, and space is learned from them. Then crops of clips, then all of them.
 """
 
 from ml_collections import ConfigDict

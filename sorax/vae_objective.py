@@ -42,7 +42,7 @@ from sorax.objectives import (
     write_samples,
 )
 from sorax.optim import OptimConfig
-from sorax.runs import load_vae
+from sorax.runs import open_vae
 from sorax.vae import VAE, VAEConfig
 from sorax.vae_losses import kl_divergence, multiscale_error, wavelet_error
 
@@ -106,7 +106,7 @@ def vae_objective(config, workdir: str, mesh) -> Objective:
     def start(params):
         if not config.get("init"):
             return params
-        return params | dict(vae=inflate(params["vae"], load_vae(config.init)[1], f"config.init {config.init!r}"))
+        return params | dict(vae=inflate(params["vae"], open_vae(config.init)[1], f"config.init {config.init!r}"))
 
     before = [(stage.end, stage.batch, stage.crop, source_identity(stage.source)) for stage in stages[:-1]]
     order = before, stages[-1].batch, stages[-1].crop, settings.seed  # not its end: a run may go on for longer
