@@ -19,8 +19,9 @@ class VideoClipSource:
 
     Args:
       source: a `data_pipelines.sources.Source`.
-      crop: (frames, height, width) or None. Longer or larger videos are cut to it, at a place drawn for each
-        clip, so that videos of many native sizes train in one shape; smaller ones keep their own size.
+      crop: (frames, height, width) or None; 0 leaves a side as it is. Longer or larger videos are cut to it, at a
+        place drawn for each clip, so that videos of many native sizes train in one shape; smaller ones keep their own
+        size.
 
     Raises UserError where the source is empty or crop has not 4n + 1 frames.
     """
@@ -28,12 +29,13 @@ class VideoClipSource:
     def __init__(self, source, *, batch_size, seed, crop=None):
         if not len(source):
             raise UserError("there is no video to train on: the data set is empty")
-        if crop is not None and (min(crop) < 1 or crop[0] % 4 != 1):
-            raise UserError(f"crop {tuple(crop)}: clips have 4n + 1 frames (1, 5, 9, 13, ...) and a positive size")
+        if crop is not None and (min(crop) < 0 or (crop[0] and crop[0] % 4 != 1)):
+            raise UserError(f"crop {tuple(crop)}: clips have 4n + 1 frames (1, 5, 9, 13, ...) and a positive size, or "
+                            "0 to leave it as it is")  # fmt: skip
         self.source, self.batch_size, self.seed, self.crop = source, batch_size, seed, crop
         specs = (source.spec(i) for i in range(len(source)))
         shapes = np.array([(s.num_frames, s.height, s.width) for s in specs])
-        cropped = shapes if crop is None else np.minimum(shapes, crop)
+        cropped = shapes if crop is None else np.where(crop, np.minimum(shapes, crop), shapes)
         # Sorted, so that equal data draws equally: [groups, 3], members [groups] of indices.
         self.shapes, group_of, sizes = np.unique(cropped, axis=0, return_inverse=True, return_counts=True)
         self.groups = np.split(np.argsort(group_of.ravel(), kind="stable"), sizes.cumsum()[:-1])

@@ -20,7 +20,8 @@ def get_vae():
     )  # fmt: skip
     config.loss = dict(l1=0.0, l2=1.0, kl=1e-4)
     config.data = dict(
-        path="", fps=8.0, max_frames=9, max_tokens=2560, batch=4, crop=(9, 48, 48), image_steps=400, image_batch=16,
+        path="", fps=8.0, max_frames=9, max_tokens=2560, batch=4, crop=(9, 48, 48),
+        stages=(dict(steps=400, batch=16, crop=(1, 48, 48)),),
     )  # fmt: skip
     config.optim = dict(optimizer="muon", lr=2e-2, warmup_steps=20, final_lr=0.02, b2=0.99, ema_decay=0.98)
     config.train = dict(steps=600, seed=0, log_every=20)

@@ -24,7 +24,7 @@ def get_vae():
     """The VAE experiment: 2x4x4 compression, trained first, on single frames and then on clips."""
     config = ConfigDict()
     config.kind = "vae"
-    config.path = ""  # a finished VAE run to use instead of training one
+    config.path = ""  # a finished VAE run, or a diffusers folder, to use instead of training one
     config.model = dict(
         base_width=16, width_multipliers=(1, 2), num_res_blocks=1, latent_channels=5, temporal_downsample=(True,),
         pixel_patch=2,
@@ -32,7 +32,7 @@ def get_vae():
     config.loss = dict(l1=0.0, l2=1.0, kl=2e-4)
     world = get_world()
     world.shapes = ((5, 32, 32),)
-    config.data = dict(path="", world=world, batch=8, image_steps=350, image_batch=32)
+    config.data = dict(path="", world=world, batch=8, stages=(dict(steps=350, batch=32, crop=(1, 0, 0)),))
     config.optim = dict(optimizer="muon", lr=2e-2, warmup_steps=20, final_lr=0.02, b2=0.99, ema_decay=0.98)
     config.train = dict(steps=800, seed=0, log_every=20)
     config.checkpoint = dict(every=400, keep=1)

@@ -49,7 +49,7 @@ def _parse(argv):
 
     encode = verb(encode_verb, "encode", "write the latents of videos, once for all trainings, or check them")
     encode.add_argument("--config", default="", help="DiT experiment whose data section names the videos")
-    encode.add_argument("--vae", default="", help="run of the VAE, or of a DiT that has one (default: config.vae.path)")
+    encode.add_argument("--vae", default="", help="run of a VAE or a DiT, or diffusers folder (default: config.vae.path)")
     encode.add_argument("--out", default="", help="folder of the latents; train with --config.data.path=shards:FOLDER")
     encode.add_argument("--shards", type=int, default=0, help="number of files (default: as many as stay below 256 MB)")
     encode.add_argument("--tokenizer", default="", help="run or latents whose tokenizer to use (default: a new one)")
@@ -74,13 +74,18 @@ def _parse(argv):
     sample.add_argument("--weights", choices=("ema", "raw"), default="ema")
     sample.add_argument("--out", default="sample.mp4", help=".mp4, .gif or .png; several prompts are numbered")
 
-    evaluate = verb(evaluate_verb, "evaluate", "score a run against exact ground truth")
-    evaluate.add_argument("--run", required=True, dest="workdir", help="run folder")
+    evaluate = verb(evaluate_verb, "evaluate", "score a run against exact ground truth, or a VAE by its copies")
+    evaluate.add_argument("--run", required=True, dest="workdir", help="run folder, or a diffusers folder with a VAE")
     evaluate.add_argument("--out", default="report", help="folder for scores.json, scores.md and pictures")
     evaluate.add_argument("--clips", type=int, default=0, help="clips of each split (default: the config's)")
 
-    export = verb(export_verb, "export", "write the networks for other programs")
-    export.add_argument("--run", required=True, dest="workdir", help="run folder")
+    evaluate.add_argument("--data", default="", help="of a VAE: folder of videos, or world (default: the run's data)")
+    evaluate.add_argument("--data.KEY=VALUE", dest="_", help="override a key of it, such as --data.max_tokens=4096")
+    evaluate.add_argument("--lpips", default="", metavar="FILE", help="of a VAE: LPIPS weights, see sorax/lpips.py")
+    evaluate.set_defaults(takes_overrides=True, prefix="--data.")
+
+    export = verb(export_verb, "export", "write the networks of a run, or its VAE alone, for other programs")
+    export.add_argument("--run", required=True, dest="workdir", help="run folder, of a VAE for the VAE alone")
     export.add_argument("--out", required=True, help="new folder")
     export.add_argument("--format", choices=("diffusers", "safetensors"), default="diffusers")
     export.add_argument("--dtype", choices=("f32", "bf16"), default="f32")
@@ -210,14 +215,15 @@ def sample_verb(arguments, _):
         print(f"{out}: {prompt}")
 
 
-def evaluate_verb(arguments, _):
-    _evaluate(arguments.workdir, arguments.out, arguments.clips)
+def evaluate_verb(arguments, overrides):
+    _evaluate(arguments.workdir, arguments.out, arguments.clips, data=arguments.data, overrides=overrides,
+              lpips=arguments.lpips)  # fmt: skip
 
 
-def _evaluate(workdir, out, clips):
+def _evaluate(workdir, out, clips, **settings):
     from sorax import evaluate
 
-    scores = evaluate.evaluate_folder(workdir, out, num_clips=clips or None)
+    scores = evaluate.evaluate_folder(workdir, out, num_clips=clips or None, **settings)
     print("\n".join(evaluate.summary_lines(scores)))
     print(f"report: {out}")
 
@@ -229,8 +235,15 @@ def export_verb(arguments, _):
 
 def _export(workdir, out, form, dtype, weights):
     from sorax import export
-    from sorax.runs import load_run
+    from sorax.export_vae import export_vae_folder
+    from sorax.runs import kind_of, load_run
 
+    if kind_of(workdir) != "dit":
+        if weights != "ema":
+            raise UserError(f"{workdir!r} is a VAE, whose latent statistics are those of the EMA weights: export it "
+                            "without --weights raw")  # fmt: skip
+        export_vae_folder(workdir, out, form=form, dtype=dtype)
+        return
     run = load_run(workdir, weights)
     write = {"diffusers": export.export_diffusers, "safetensors": export.export_safetensors}[form]
     write(run.networks, run.tokenizer, out, shift=run.config.flow.sample_shift, dtype=dtype,

@@ -76,14 +76,36 @@ def conv_causal(x, kernel, before=None):
     return jax.lax.platform_dependent(x, kernel, cpu=by_taps, default=whole)
 
 
-def conv_space(x, kernel, *, stride: int = 1, padding="SAME"):
+def conv_space(x, kernel, *, stride=(1, 1), padding="SAME"):
     """2-D convolution of every frame of `[B, T, H, W, C]`; kernel `[kh, kw, C, C_out]`."""
     B = x.shape[0]
     frames = einops.rearrange(x, "b t h w c -> (b t) h w c")
     out = jax.lax.conv_general_dilated(
-        frames, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        frames, kernel, stride, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
     return einops.rearrange(out, "(b t) h w c -> b t h w c", b=B)
+
+
+def conv_same(x, kernel, strides: tuple[int, int, int]):
+    """3-D convolution of x `[B, T, H, W, C]` with SAME padding and strides, by kernel `[kt, kh, kw, C, C_out]`.
+
+    By time taps on a CPU, as `conv_causal`.
+    """
+    T, kt, stride = x.shape[1], kernel.shape[0], strides[0]
+    count = -(-T // stride)
+    missing = max(0, (count - 1) * stride + kt - T)
+
+    def whole(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x, kernel, strides, "SAME", dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
+        )
+
+    def by_taps(x, kernel):
+        x = jnp.pad(x, ((0, 0), (missing // 2, missing - missing // 2), (0, 0), (0, 0), (0, 0)))
+        last = (count - 1) * stride + 1
+        return sum(conv_space(x[:, tap : tap + last : stride], kernel[tap], stride=strides[1:]) for tap in range(kt))
+
+    return jax.lax.platform_dependent(x, kernel, cpu=by_taps, default=whole)
 
 
 class Conv(nnx.Module):

@@ -245,8 +245,8 @@ def read_dit(folder):
     return config, read_params(folder, WEIGHTS, dit_names(config), abstract(DiT, config)[1])
 
 
-def read_vae(folder):
-    """Config and parameters of an `AutoencoderKLWan` folder. Raises UserError as `read_diffusers` does."""
+def read_vae_config(folder):
+    """Config and latent statistics of an `AutoencoderKLWan` folder. Raises UserError as `read_diffusers` does."""
     path = folder / "config.json"
     raw = read_json(path)
     patch = raw.get("patch_size") or 1
@@ -260,6 +260,12 @@ def read_vae(folder):
         stats[key] = np.asarray(there.get(key, []), np.float32)
         if stats[key].shape != (config.latent_channels,) or not np.isfinite(stats[key]).all():
             raise UserError(f"{path}: {key} must hold {config.latent_channels} finite numbers, one a latent channel")
+    return config, stats
+
+
+def read_vae(folder):
+    """Config and parameters of an `AutoencoderKLWan` folder. Raises UserError as `read_diffusers` does."""
+    config, stats = read_vae_config(folder)
     return config, read_params(folder, WEIGHTS, vae_names(config), abstract(VAE, config)[1], stats)
 
 

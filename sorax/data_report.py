@@ -9,7 +9,7 @@ from sorax.dit_data import grid
 from sorax.encode import MAX_CAPTIONS
 from sorax.errors import UserError
 from sorax.objectives import DataConfig
-from sorax.runs import vae_folder
+from sorax.runs import open_vae_config
 from sorax.text import TextConfig
 from sorax.vae import VAEConfig
 
@@ -28,7 +28,7 @@ def report_settings(config, origin: str, is_folder: bool = True) -> Settings:
     if "max_tokens" not in config.data and is_folder:
         raise UserError("config.data has no max_tokens, which training on files needs: add it to the experiment")
     data = config_lib.build(DataConfig, config.data, "data")
-    vae = config_lib.build(VAEConfig, config.model if kind == "vae" else _vae_section(config), "vae.model")
+    vae = _vae_config(config)
     if kind == "vae":
         limits = dict(spatial_multiple=vae.spatial_stride, temporal_stride=vae.temporal_stride)
     else:
@@ -48,8 +48,10 @@ def report_settings(config, origin: str, is_folder: bool = True) -> Settings:
                     vocab_size=vocab_size, cost_a=cost_a, cost_b=cost_b, **settings)  # fmt: skip
 
 
-def _vae_section(config):
-    """The section `model` of the VAE that a DiT experiment names or describes."""
-    if not config.vae.get("path"):
-        return config.vae.model
-    return config_lib.read_config(vae_folder(config, "")).model
+def _vae_config(config):
+    """Of a VAE experiment, or of the VAE that a DiT experiment names or describes."""
+    if config.kind == "vae":
+        return config_lib.build(VAEConfig, config.model, "model")
+    if config.vae.get("path"):
+        return open_vae_config(config.vae.path)
+    return config_lib.build(VAEConfig, config.vae.model, "vae.model")

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sorax.conv import conv_same
+
 
 @dataclasses.dataclass(frozen=True)
 class DiscriminatorConfig:
@@ -36,9 +38,7 @@ class Layer(nnx.Module):
         if x.shape[1] == 1:  # an image: the tap of now, as in a still clip it were the only one that moves
             kernel = kernel.sum(axis=0, keepdims=True)
             stride = (1, *stride[1:])
-        x = jax.lax.conv_general_dilated(
-            x, kernel.astype(x.dtype), stride, "SAME", dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
-        )
+        x = conv_same(x, kernel.astype(x.dtype), stride)
         x = x + self.bias[...].astype(x.dtype)
         if self.norm is not None:
             x = _group_norm(x) * self.norm[...].astype(x.dtype)

@@ -8,11 +8,10 @@ from data_pipelines.latent_shards import LatentShards, is_shards, read_manifest,
 from data_pipelines.mixture import MixtureExamples, part_sections
 from data_pipelines.sources import open_source
 from data_pipelines.text_tokens import TOKENIZER_FILE, Tokenizer
-from sorax import config as config_lib
 from sorax.encode import Codec, encode_source, survey
 from sorax.errors import UserError
 from sorax.runlog import reporter
-from sorax.runs import load_vae, vae_folder
+from sorax.runs import open_vae, vae_folder
 
 LATENTS = "latents"  # folder of a run
 # Keys of a `data` section that say where its videos are: what the VAE takes from the DiT's if it names no path.
@@ -33,7 +32,7 @@ def prepare_vae(config, workdir: str):
             with experiment.unlocked():
                 experiment.data.update({name: config.data[name] for name in _PLACE if name in config.data})
         train(experiment, folder, title="1/2 VAE")
-    return load_vae(folder)
+    return open_vae(folder)
 
 
 def prepare_data(config, workdir: str, codec: Codec, vae_identity: str):
@@ -69,7 +68,7 @@ def encode_experiment(config, vae_run: str, out: str, *, num_shards: int = 0, to
     """Writes the latents of a DiT experiment's data to a folder, for `data.path` "shards:FOLDER" of this or another.
 
     Args:
-        vae_run: run folder of the VAE, or of a DiT with its VAE in it; "" for config.vae.path.
+        vae_run: where the VAE is, as `open_vae` takes it; "" for config.vae.path.
         tokenizer_folder: holds the tokenizer.json to use; "" trains one on the captions.
 
     Raises:
@@ -82,8 +81,7 @@ def encode_experiment(config, vae_run: str, out: str, *, num_shards: int = 0, to
     vae_run = vae_run or config.vae.get("path")
     if not vae_run:
         raise UserError("no VAE to encode with: name its run with --vae or config.vae.path")
-    run = config_lib.read_config(vae_run)
-    vae_config, vae_params, vae_identity = load_vae(vae_folder(run, vae_run) if run.kind == "dit" else vae_run)
+    vae_config, vae_params, vae_identity = open_vae(vae_run)
     if tokenizer_folder and not os.path.exists(os.path.join(tokenizer_folder, TOKENIZER_FILE)):
         raise UserError(f"{tokenizer_folder} has no {TOKENIZER_FILE}: name a run or latent shards")
     _encode_splits(config, Codec(vae_config, vae_params), vae_identity, out, tokenizer_folder or out,

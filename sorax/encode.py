@@ -75,15 +75,20 @@ class Codec:
         """
         return [stream.normalize(self.config, self.params, m) for m in self._moments(videos)]
 
+    def posteriors(self, videos):
+        """Mean and variance float32 `[t, h, w, 2C]`, not normalised, of the posterior of each video; as `encode`."""
+        split = (np.split(moments, 2, axis=-1) for moments in self._moments(videos))
+        return [np.concatenate([mean, np.exp(logvar)], axis=-1) for mean, logvar in split]
+
     def statistics(self, videos):
         """Mean and standard deviation float32 `[C]` of each channel of latents drawn from the posteriors of videos.
 
         Of draws, not of posterior means: a channel that the VAE does not use has means near 0 and draws of variance 1,
         and to scale its means up to 1 would make the DiT learn noise.
         """
-        flat = np.concatenate([m.reshape(-1, m.shape[-1]) for m in self._moments(videos)]).astype(np.float64)
-        means, logvars = np.split(flat, 2, axis=1)
-        deviation = np.sqrt(means.var(0) + np.exp(logvars).mean(0))
+        flat = np.concatenate([m.reshape(-1, m.shape[-1]) for m in self.posteriors(videos)]).astype(np.float64)
+        means, variances = np.split(flat, 2, axis=1)
+        deviation = np.sqrt(means.var(0) + variances.mean(0))
         return means.mean(0).astype(np.float32), deviation.astype(np.float32)
 
     def decode(self, latents):

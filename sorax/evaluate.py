@@ -1,4 +1,4 @@
-"""Scores of a run against exact ground truth: what generated clips show, and how well the VAE copies.
+"""Scores of a text-to-video run against exact ground truth: what generated clips show, and how well its VAE copies.
 
 Captions of the embedded world are given to the model and the pixels of what it makes are parsed (`sorax.metrics`),
 without a network. Beside the model stand its ceilings, the true videos and the VAE's copies of them, and its floor, the
@@ -13,10 +13,6 @@ same architecture untrained. A report folder holds
 """
 
 import collections
-import dataclasses
-import hashlib
-import json
-import math
 import os
 import time
 
@@ -24,55 +20,47 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from data_pipelines.latent_shards import source_of
-from data_pipelines.sources import open_source
-from data_pipelines.world import World
-from data_pipelines.world_sampling import lead_motions
 from sorax import config as config_lib
 from sorax import functional, media
 from sorax.dit import DiT
-from sorax.encode import Codec, source_identity
 from sorax.errors import UserError
-from sorax.export import code_version
+from sorax.evaluate_vae import evaluate_vae, fidelity
+from sorax.evaluate_vae import summary_lines as vae_lines
 from sorax.generate import Request
-from sorax.metrics import judge, psnr, ssim, summarise
+from sorax.held_out import SPLITS, load_splits
+from sorax.metrics import judge, summarise
 from sorax.objectives import EvalConfig, FlowConfig
 from sorax.runlog import Progress
-from sorax.runs import Run, load_run, load_vae
+from sorax.runs import Run, kind_of, load_run
+from sorax.score_report import header, make_folder, number, write_scores, writing
 from sorax.text import TextEncoder
 
-SPLITS = {"test": "in distribution", "heldout": "held-out combinations", "folder": "clips of the folder"}
 ROWS = {"ground_truth": "ground truth", "vae": "VAE", "model": "model", "untrained": "untrained model"}
 COLUMNS = {"joint": "joint", "color": "colour", "shape": "shape", "count": "count", "direction": "direction"}
 PICTURES = {"test": "samples.png", "heldout": "heldout.png"}
 SHOWN = 12  # clips on a contact sheet
-SSIM_SIDE = 11  # pixels, the least that SSIM is defined for
 
 
-@dataclasses.dataclass(frozen=True)
-class Clips:
-    """The original clips of a split; `truths` is None for real videos, of which nothing is known."""
-
-    videos: list
-    captions: list
-    truths: list | None
-    fps: float
-    identity: str
-
-
-def evaluate_folder(workdir: str, out: str, *, weights: str = "ema", num_clips: int | None = None, **settings) -> dict:
-    """Scores the run in a folder, of a text-to-video model (`evaluate_run`) or of a VAE (`evaluate_vae`).
+def evaluate_folder(
+    path: str, out: str, *, weights: str = "ema", num_clips: int | None = None, data: str = "", overrides=(),
+    lpips: str = "", **settings,
+) -> dict:  # fmt: skip
+    """Scores what a folder holds: a text-to-video run (`evaluate_run`), or a VAE, run or not (`evaluate_vae`).
 
     Args:
         weights: "ema" or "raw", of the text-to-video model.
+        data, overrides, lpips: of the VAE, see `evaluate_vae`.
         settings: what else `evaluate_run` takes.
 
     Raises:
         UserError: no such run, no checkpoint, no data, or `out` cannot be written.
     """
-    if config_lib.read_config(workdir).kind == "vae":
-        return evaluate_vae(workdir, out, num_clips=num_clips)
-    return evaluate_run(load_run(workdir, weights), out, num_clips=num_clips, **settings)
+    if kind_of(path) != "dit":
+        return evaluate_vae(path, out, num_clips=num_clips, data=data, overrides=overrides, lpips=lpips)
+    if data or overrides or lpips:
+        raise UserError(f"{path!r} is a text-to-video run, which is scored on its own data and without LPIPS: --data "
+                        "and --lpips are for a VAE, name its folder with --run")  # fmt: skip
+    return evaluate_run(load_run(path, weights), out, num_clips=num_clips, **settings)
 
 
 def evaluate_run(
@@ -104,9 +92,10 @@ def evaluate_run(
     codec = generator.codec
     multiple = codec.config.spatial_stride * networks.dit_config.patch_size[1]
     splits = load_splits(run.config.data, codec.config, n, multiple)
-    _make_folder(out)
+    make_folder(out)
 
-    scores = _header(run.config, run.workdir, run.step) | {"sampling": sampling | {"seed": seed}}
+    scores = header(run.workdir, run.config.kind, run.step, run.config.to_dict())
+    scores["sampling"] = sampling | {"seed": seed}
     prompts = all(clips.truths is not None for clips in splits.values())
     total, copies, made = sum(len(clips.videos) for clips in splits.values()), {}, {}
     with Progress("evaluate", total * (len(ROWS) if prompts else 1), unit="clips") as progress:
@@ -132,54 +121,6 @@ def evaluate_run(
     return scores
 
 
-def evaluate_vae(workdir: str, out: str, *, num_clips: int | None = None) -> dict:
-    """Scores a VAE run, PSNR and SSIM, and writes the report folder `out`; see `evaluate_run`."""
-    config = config_lib.read_config(workdir)
-    vae_config, params, _ = load_vae(workdir)
-    n = config_lib.build(EvalConfig, config.eval, "eval").num_clips if num_clips is None else num_clips
-    splits = load_splits(config.data, vae_config, n, vae_config.spatial_stride)
-    _make_folder(out)
-    codec, copies, scores = Codec(vae_config, params), {}, _header(config, workdir, config.train.steps)
-    with Progress("evaluate", sum(len(clips.videos) for clips in splits.values()), unit="clips") as progress:
-        for name, clips in splits.items():
-            scores["splits"][name], copies[name] = _score_vae(clips, codec, progress)
-    _write_report(out, scores, splits, copies, {})
-    return scores
-
-
-def load_splits(data, vae_config, num_clips: int, spatial_multiple: int) -> dict[str, Clips]:
-    """What is scored: split -> clips, of a config's `data` section.
-
-    Of the world: the splits test and heldout, in the run's commonest shape of more than one frame, with a single object
-    a clip if its motions allow that. Of a folder: at most `num_clips` of its videos, spread evenly. Of latent shards:
-    the videos that they were encoded from.
-    """
-    if num_clips < 1:
-        raise UserError(f"{num_clips} clips cannot be scored: ask for at least 1")
-    source = open_source(source_of(data), spatial_multiple=spatial_multiple, temporal_stride=vae_config.temporal_stride)
-    if not isinstance(source, World):
-        indices = np.unique(np.linspace(0, len(source) - 1, min(num_clips, len(source))).astype(int))
-        return {"folder": _read(source, indices, truths=False)}
-    config, splits = source.config, {}
-    moving = [shape for shape in config.shapes if shape[0] > 1] or config.shapes
-    shape = collections.Counter(moving).most_common(1)[0][0]
-    num_objects = (1, 1) if lead_motions(config.motions, 1) else config.num_objects
-    for name in ("test", "heldout"):
-        world = World(dataclasses.replace(config, split=name, num_samples=num_clips, shapes=(shape,),
-                                          num_objects=num_objects))  # fmt: skip
-        splits[name] = _read(world, range(num_clips), truths=True)
-    return splits
-
-
-def _read(source, indices, *, truths):
-    samples = [source[int(i)] for i in indices]
-    return Clips(
-        videos=[s["video"] for s in samples], captions=[s["caption"] for s in samples],
-        truths=[source.truth(i) for i in indices] if truths else None,
-        fps=samples[0]["fps"], identity=source_identity(source),
-    )  # fmt: skip
-
-
 def untrained_params(networks, seed: int) -> dict:
     """Fresh parameters of a run's DiT and text encoder."""
 
@@ -191,19 +132,6 @@ def untrained_params(networks, seed: int) -> dict:
     # On the device of a run's own parameters, for which the sampler is compiled already.
     place = SingleDeviceSharding(jax.local_devices()[0])
     return jax.jit(init, out_shardings=place)(jax.random.key(seed, impl="rbg"))  # threefry compiles slowly on a CPU
-
-
-def fidelity(originals, copies) -> dict:
-    """Means over clips of PSNR (dB) and SSIM of copies, with their number.
-
-    A clip that is copied exactly has no finite PSNR: it is counted in `exact` and left out of the mean. A score that
-    no clip has is None; frames under 11 pixels have no SSIM.
-    """
-    levels = [psnr(a, b) for a, b in zip(originals, copies)]
-    finite = [x for x in levels if math.isfinite(x)]
-    likeness = [ssim(a, b) for a, b in zip(originals, copies) if min(a.shape[1:3]) >= SSIM_SIDE]
-    return dict(psnr=float(np.mean(finite)) if finite else None, ssim=float(np.mean(likeness)) if likeness else None,
-                n=len(levels), exact=len(levels) - len(finite))  # fmt: skip
 
 
 def _score_vae(clips, codec, progress):
@@ -233,12 +161,6 @@ def _judge(videos, truths):
     return [{name: None if right is None else bool(right) for name, right in j.items()} for j in judgements]
 
 
-def _header(config, workdir, step):
-    text = json.dumps(config.to_dict(), sort_keys=True)
-    identity, name = hashlib.sha256(text.encode()).hexdigest()[:16], os.path.basename(os.path.abspath(workdir))
-    return dict(run=name, kind=config.kind, step=step, config=identity, code_version=code_version(), splits={})
-
-
 def _device():
     device = jax.local_devices()[0]
     return f"{os.cpu_count()} CPU cores" if device.platform == "cpu" else device.device_kind
@@ -249,6 +171,8 @@ def _device():
 
 def summary_lines(scores: dict) -> list[str]:
     """The scores in a few lines of plain text, for a terminal."""
+    if scores["kind"] == "vae":
+        return vae_lines(scores)
     lines = []
     for name, entry in scores["splits"].items():
         if "prompts" in entry:
@@ -256,7 +180,7 @@ def summary_lines(scores: dict) -> list[str]:
             others = ", ".join(f"{ROWS[row]} {_percent(joint[row])}" for row in ROWS if row != "model")
             lines.append(f"{SPLITS[name]}: {_cell(joint['model'])} of {joint['model']['n']} clips right ({others})")
         vae = entry["vae"]
-        lines.append(f"{SPLITS[name]}: VAE PSNR {_number(vae['psnr'], '.2f')} dB, SSIM {_number(vae['ssim'], '.4f')} "
+        lines.append(f"{SPLITS[name]}: VAE PSNR {number(vae['psnr'], '.2f')} dB, SSIM {number(vae['ssim'], '.4f')} "
                      f"over {vae['n']} clips")  # fmt: skip
     if "speed" in scores:
         lines.append(_speed_line(scores["speed"]))
@@ -282,12 +206,12 @@ def markdown(scores: dict) -> str:
                      for column in COLUMNS]  # fmt: skip
             lines.append(f"| {title} | {' | '.join(cells)} | {n} |")
         lines.append("")
-    if scores["kind"] == "dit" and "speed" not in scores:
+    if "speed" not in scores:
         lines += ["Prompt scores need the world: of the videos in a folder nobody knows what each should show.", ""]
     lines += ["## VAE", "", "| clips | PSNR (dB) | SSIM | n |", "|---|---|---|---|"]
     for name, entry in scores["splits"].items():
         vae = entry["vae"]
-        lines.append(f"| {SPLITS[name]} | {_number(vae['psnr'], '.2f')} | {_number(vae['ssim'], '.4f')} | {vae['n']} |")
+        lines.append(f"| {SPLITS[name]} | {number(vae['psnr'], '.2f')} | {number(vae['ssim'], '.4f')} | {vae['n']} |")
     lines.append("")
     exact = sum(entry["vae"]["exact"] for entry in scores["splits"].values())
     if exact:
@@ -311,10 +235,6 @@ def _cell(cell):
     return f"{_percent(cell)} [{100 * cell['lo']:.1f}, {100 * cell['hi']:.1f}]"
 
 
-def _number(value, form):
-    return "none" if value is None else format(value, form)
-
-
 def _speed_line(speed):
     return f"{speed['seconds_per_clip']:.3g} s a clip, {speed['clips_together']} together, on {speed['device']}"
 
@@ -324,21 +244,13 @@ def _mark(clip):
     return f"{clip['caption']}: {'WRONG ' + ', '.join(wrong) if wrong else 'OK'}"
 
 
-def _make_folder(out):
-    """Before the work, so that a bad name costs no time."""
-    try:
-        os.makedirs(out, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"report folder {out!r} cannot be made ({error.strerror}): name another with --out") from error
-
-
 def _write_report(out, scores, splits, copies, made):
     """Writes all files, each whole or not at all; scores.json last, so that where it is the report is complete."""
     pairs = []
     for name, clips in splits.items():
         some = list(zip(clips.videos, copies[name], clips.captions))[: SHOWN // len(splits)]
         pairs += [(np.concatenate([a, b], axis=2), f"{SPLITS[name]}: {caption}") for a, b, caption in some]
-    try:
+    with writing(out):
         for name, videos in made.items():
             clips = scores["splits"][name]["clips"]
             _write_npz(os.path.join(out, f"{name}.npz"), videos=np.stack(videos),
@@ -347,24 +259,10 @@ def _write_report(out, scores, splits, copies, made):
             marks = [_mark(clip) for clip in clips[:SHOWN]]
             media.write_sheet(os.path.join(out, PICTURES[name]), videos[:SHOWN], marks)
         media.write_sheet(os.path.join(out, "reconstructions.png"), *zip(*pairs), columns=3, cell=192)
-        config_lib.write_atomic(os.path.join(out, "scores.md"), markdown(scores))
-        text = json.dumps(_without_nan(scores), indent=1, allow_nan=False)
-        config_lib.write_atomic(os.path.join(out, "scores.json"), text + "\n")
-    except OSError as error:
-        raise UserError(f"the report in {out!r} cannot be written ({error.strerror or error}): free space, or name "
-                        "another folder with --out") from error  # fmt: skip
+        write_scores(out, scores, markdown(scores))
 
 
 def _write_npz(path, **arrays):
     with open(path + ".partial", "wb") as f:
         np.savez_compressed(f, **arrays)
     os.replace(path + ".partial", path)
-
-
-def _without_nan(value):
-    """JSON has no NaN: the rate of an attribute that no caption mentions is null."""
-    if isinstance(value, dict):
-        return {key: _without_nan(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(v) for v in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

@@ -62,17 +62,17 @@ def export_diffusers(
     """
     metadata = dict(metadata or {})
     check_fits_diffusers(networks, expand_timesteps)
-    with _new_folder(out_dir) as folder:
+    with new_folder(out_dir) as folder:
         tensors = {
-            "vae": _write_model(
+            "vae": write_model(
                 folder / "vae", convert.WEIGHTS, convert.vae_names(networks.vae_config), networks.vae,
                 vae_json(networks.vae_config, networks.vae), dtype, max_shard_bytes,
             ),
-            "transformer": _write_model(
+            "transformer": write_model(
                 folder / "transformer", convert.WEIGHTS, convert.dit_names(networks.dit_config), networks.dit,
                 dit_json(networks.dit_config), dtype, max_shard_bytes,
             ),
-            "text_encoder": _write_model(
+            "text_encoder": write_model(
                 folder / "text_encoder", convert.TEXT_WEIGHTS, convert.text_names(networks.text_config),
                 networks.text, text_json(networks.text_config), dtype, max_shard_bytes,
             ),
@@ -81,7 +81,7 @@ def export_diffusers(
         _write_json(folder / "tokenizer" / "tokenizer_config.json", tokenizer_json())
         _write_json(folder / "scheduler" / "scheduler_config.json", scheduler_json(shift))
         _write_json(folder / "model_index.json", index_json(networks.text_config, expand_timesteps))
-        _write_provenance(folder, metadata, "diffusers", dtype, tensors)
+        write_provenance(folder, metadata, "diffusers", dtype, tensors)
         (folder / "README.md").write_text(model_card(networks, metadata, "diffusers", dtype, out_dir))
     return pathlib.Path(out_dir)
 
@@ -96,15 +96,14 @@ def export_safetensors(
     Arguments, result and errors as `export_diffusers`.
     """
     metadata, tensors = dict(metadata or {}), {}
-    with _new_folder(out_dir) as folder:
+    with new_folder(out_dir) as folder:
         for part in ("vae", "dit", "text"):
             params, config = getattr(networks, part), getattr(networks, f"{part}_config")
-            names = [convert.Name(path, path) for path in sorted(_leaves(params))]
-            settings = dataclasses.asdict(config)
-            tensors[part] = _write_model(folder / part, part, names, params, settings, dtype, max_shard_bytes)
+            names, settings = own_names(params), dataclasses.asdict(config)
+            tensors[part] = write_model(folder / part, part, names, params, settings, dtype, max_shard_bytes)
         tokenizer.save(folder)
         _write_json(folder / "config.json", {"format": "sorax", "shift": shift, "code_version": code_version()})
-        _write_provenance(folder, metadata, "safetensors", dtype, tensors)
+        write_provenance(folder, metadata, "safetensors", dtype, tensors)
         (folder / "README.md").write_text(model_card(networks, metadata, "safetensors", dtype, out_dir))
     return pathlib.Path(out_dir)
 
@@ -112,9 +111,7 @@ def export_safetensors(
 def check_fits_diffusers(networks: Networks, expand_timesteps: bool = False):
     """Raises UserError where diffusers' Wan classes cannot express the architecture."""
     vae, dit, text = networks.vae_config, networks.dit_config, networks.text_config
-    problems = []
-    if vae.temporal_stride > 4:
-        problems.append(f"a temporal stride of {vae.temporal_stride}: its VAE reads chunks of 4 frames")
+    problems = vae_problems(vae)
     if dit.rope_theta != 10000.0:
         problems.append(f"rope_theta {dit.rope_theta}: its transformer has 10000")
     if dit.in_channels != vae.latent_channels or dit.out_channels != vae.latent_channels:
@@ -128,6 +125,18 @@ def check_fits_diffusers(networks: Networks, expand_timesteps: bool = False):
     if problems:
         raise UserError(f"diffusers' WanPipeline has no form for {'; nor for '.join(problems)}: "
                         "export with --format safetensors")  # fmt: skip
+
+
+def vae_problems(config: VAEConfig) -> list[str]:
+    """What of a VAE's architecture diffusers' `AutoencoderKLWan` cannot express."""
+    if config.temporal_stride > 4:
+        return [f"a temporal stride of {config.temporal_stride}: its VAE reads chunks of 4 frames"]
+    return []
+
+
+def own_names(params) -> list[convert.Name]:
+    """The name table of our own format: every parameter under its path, as it is."""
+    return [convert.Name(path, path) for path in sorted(_leaves(params))]
 
 
 def vae_json(config: VAEConfig, params) -> dict:
@@ -261,9 +270,6 @@ def model_card(networks: Networks, metadata: dict, fmt: str, dtype: str, out_dir
     run = RUN_SAFETENSORS
     if fmt == "diffusers":
         run = RUN_DIFFUSERS.format(**sample | {"prompt": json.dumps(sample["prompt"], ensure_ascii=False)})
-    scores = [f"| {key} | {value} |" for key, value in (metadata.get("scores") or {}).items()]
-    if metadata.get("hardware"):
-        scores.append(f"| trained on | {metadata['hardware']} |")
     return CARD.format(
         license=metadata.get("license") or "other",
         name=metadata.get("name") or pathlib.Path(out_dir).resolve().name,
@@ -273,8 +279,16 @@ def model_card(networks: Networks, metadata: dict, fmt: str, dtype: str, out_dir
         dtype=dtype,
         run=run,
         data=metadata.get("data") or "Not stated.",
-        scores="\n".join(["| score | value |", "|---|---|", *scores]) if scores else "Not evaluated.",
+        scores=score_table(metadata),
     )
+
+
+def score_table(metadata: dict) -> str:
+    """The part of a model card that holds `scores` and `hardware` of its metadata."""
+    scores = [f"| {key} | {value} |" for key, value in (metadata.get("scores") or {}).items()]
+    if metadata.get("hardware"):
+        scores.append(f"| trained on | {metadata['hardware']} |")
+    return "\n".join(["| score | value |", "|---|---|", *scores]) if scores else "Not evaluated."
 
 
 def code_version() -> str:
@@ -311,7 +325,7 @@ def _value(name: convert.Name, leaf, dtype) -> np.ndarray:
     return np.ascontiguousarray(name.to_theirs(value)).astype(dtype)
 
 
-def _write_model(folder, stem, names, params, config, dtype, max_shard_bytes) -> dict[str, str]:
+def write_model(folder, stem, names, params, config, dtype, max_shard_bytes) -> dict[str, str]:
     """Writes config.json and weights, sharded if large. Returns the sha256 of every tensor's bytes."""
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
@@ -339,7 +353,8 @@ def _write_model(folder, stem, names, params, config, dtype, max_shard_bytes) ->
     return hashes
 
 
-def _write_provenance(folder, metadata, fmt, dtype, tensors):
+def write_provenance(folder, metadata, fmt, dtype, tensors):
+    """Writes provenance.json: the metadata, and the hash of every tensor, network by network."""
     record = {"code_version": code_version(), "format": fmt, "dtype": dtype, **metadata, "sha256": tensors}
     _write_json(folder / "provenance.json", record)
 
@@ -350,7 +365,7 @@ def _write_json(path, value):
 
 
 @contextlib.contextmanager
-def _new_folder(out_dir):
+def new_folder(out_dir):
     """A temporary folder that becomes `out_dir` if the body succeeds, and is removed if not."""
     out = pathlib.Path(out_dir).resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -36,6 +36,19 @@ def ssim(a, b):
     return float(np.mean([structural_similarity(x, y, **options) for x, y in zip(a, b)]))
 
 
+def flicker(a, b):
+    """Mean absolute error of the frame differences of uint8 videos [T, H, W, 3], in 8-bit levels; None for one frame.
+
+    mean |(a[t+1] - a[t]) - (b[t+1] - b[t])| over frames, pixels and channels: what a copy adds to or takes from motion.
+    An error that stands still, such as a shift of colour, costs nothing here.
+    """
+    a, b = _paired(a, b)
+    if len(a) < 2:
+        return None
+    error = a.astype(np.int16) - b  # its differences are within +-510
+    return float(np.mean(np.abs(np.diff(error, axis=0)), dtype=np.float64))
+
+
 def _paired(a, b):
     a, b = np.asarray(a), np.asarray(b)
     if a.shape != b.shape or a.dtype != np.uint8 or b.dtype != np.uint8:

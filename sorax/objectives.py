@@ -1,7 +1,6 @@
-"""What a run learns: the VAE's and the DiT's data, model, loss and evaluation, in the form `sorax.train` runs."""
+"""What a run learns: its data, model, loss and evaluation in the form `sorax.train` runs; the DiT's are here."""
 
 import dataclasses
-import itertools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -11,21 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from data_pipelines.loader import make_clip_loader, make_loader
+from data_pipelines.loader import make_loader
 from data_pipelines.packing import token_costs
 from data_pipelines.rows import RowSource
-from data_pipelines.sources import open_source
 from sorax import config as config_lib
-from sorax import flops, flow, functional, media, runlog, sharding
+from sorax import flops, flow, functional, media, sharding
+from sorax.discriminator import DiscriminatorConfig
 from sorax.dit import DiT, DiTConfig
-from sorax.dit_data import held_out_source, prepare_data, prepare_vae
-from sorax.encode import Codec, source_identity
+from sorax.dit_data import prepare_data, prepare_vae
+from sorax.encode import Codec
 from sorax.errors import UserError
 from sorax.generate import Generator, Request
-from sorax.metrics import psnr
 from sorax.optim import OptimConfig
 from sorax.text import TextConfig, TextEncoder, drop_captions, slot_bias
-from sorax.vae import VAE, VAEConfig
 
 VALIDATION_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 SIGMA_BINS = 4
@@ -36,13 +33,17 @@ class Objective:
     """A task for the training loop.
 
     Fields are functions:
-        init: key -> params.
-        loss: (params, batch, key) -> {name: (sum, weight)}; sum / weight of "loss" is minimised.
+        init: key -> params, compiled.
+        start: params -> params, before the first step: what is read from elsewhere.
+        loss: (params, batch, key, step, constants) -> {name: (sum, weight)}; sum / weight of "loss" is minimised.
         batches: first step -> iterator of this process's numpy batches.
         work: batch -> host-side counts: tokens, capacity, flops, ... of the batch.
         evaluate: (state, step, folder) -> (metrics, {name: uint8 video}, fps).
-        finish: params -> params, when training ends.
-    `identity` says which data in which order; a checkpoint of another does not go on.
+        averaged: params -> those of which an EMA is kept.
+        finish: params (or their EMA) -> the same, when training ends.
+    `identity` says which data in which order; a checkpoint of another does not go on. `optims` has the optimizer of
+    each network, by its name in the parameters, or of all of them under "". `constants`: arrays that the loss needs
+    and nobody learns.
     """
 
     name: str
@@ -52,7 +53,11 @@ class Objective:
     batches: Callable
     work: Callable
     evaluate: Callable
+    optims: dict[str, OptimConfig]
+    start: Callable = lambda params: params
+    averaged: Callable = lambda params: params
     finish: Callable = lambda params: params
+    constants: Any = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +88,10 @@ class DataConfig:
     workers: int = 0
     batch: int = 8  # clips a step (VAE), rows a step (DiT)
     # VAE only
-    crop: tuple[int, int, int] | None = None  # (frames, height, width): longer and larger clips are cut to it
-    image_steps: int = 0  # the first steps see single frames, image_batch of them: cheap, and they teach space
-    image_batch: int = 32
+    crop: tuple[int, int, int] | None = None  # (frames, height, width), 0 as it is: larger clips are cut to it
+    # What comes before, such as images and then small clips: dicts of `steps` and of the keys above (or `world`) that
+    # differ.
+    stages: tuple = ()
     # DiT only
     row_tokens: int = 16384
     row_text: int = 4096
@@ -97,11 +103,18 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class VAELossConfig:
-    """The `loss` section of a VAE experiment."""
+    """The `loss` section of a VAE experiment: the weights of its terms, see `sorax.vae_objective`."""
 
     l1: float = 1.0
     l2: float = 0.0
     kl: float = 1e-6
+    multiscale: float = 0.0
+    wavelet: float = 0.0
+    perceptual: float = 0.0
+    lpips: str = ""  # file of the perceptual term's weights, see `sorax.lpips`; "": the multi-scale term in its place
+    perceptual_frames: int = 4  # of each clip, drawn at random; 0: all
+    adversarial: float = 0.0  # 0: there is no discriminator
+    adversarial_start: int = 0  # the step from which on both networks play
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,13 +141,19 @@ class EvalConfig:
     num_clips: int = 64  # of each split, for `sorax evaluate`
 
 
+# Adam as GANs use it: a short memory of gradients whose target moves.
+DISCRIMINATOR_OPTIM = dict(lr=1e-4, b1=0.5, b2=0.9, warmup_steps=0)
+
+
 def make_objective(config, workdir: str, mesh) -> Objective:
     """The objective that `config.kind` names; a DiT's VAE is trained first if it is not there."""
+    from sorax.vae_objective import vae_objective
+
     makers = {"vae": vae_objective, "dit": dit_objective}
     if config.get("kind") not in makers:
         raise UserError(f"config.kind is {config.get('kind')!r}: use one of {', '.join(makers)}")
-    known = {"vae": ("loss",), "dit": ("vae", "text", "flow")}[config.kind]
-    known = (*known, "kind", "model", "data", "optim", "train", "checkpoint", "mesh", "eval", "path")
+    own = dict(vae=("loss", "discriminator", "discriminator_optim", "init"), dit=("vae", "text", "flow"))
+    known = (*own[config.kind], "kind", "model", "data", "optim", "train", "checkpoint", "mesh", "eval", "path")
     for section in config:
         if section not in known:
             raise UserError(f"unknown config section {section!r} in a {config.kind} experiment: known are {known}")
@@ -146,7 +165,13 @@ def complete(config):
     from sorax.train import CheckpointConfig, TrainConfig
 
     sections = dict(data=DataConfig, optim=OptimConfig, train=TrainConfig, checkpoint=CheckpointConfig, eval=EvalConfig,
-                    loss=VAELossConfig, flow=FlowConfig)  # fmt: skip
+                    loss=VAELossConfig, flow=FlowConfig, discriminator=DiscriminatorConfig,
+                    discriminator_optim=OptimConfig)  # fmt: skip
+    if config.get("kind") == "vae":
+        with config.unlocked():
+            for name, value in dict(init="", discriminator={}, discriminator_optim=DISCRIMINATOR_OPTIM).items():
+                if name not in config:
+                    config[name] = value
     for name, cls in sections.items():
         if name in config:
             config_lib.add_defaults(config[name], cls)
@@ -168,84 +193,13 @@ def keep_ranks(config, workdir: str, mesh):
     return config
 
 
-def _check_path(data):
+def check_path(data):
     if not data.path and not data.mixture:
         raise UserError("config.data.path is empty: set --config.data.path=FOLDER (videos with captions), or =world")
 
 
-def _options():
+def loader_options():
     return dict(process_index=jax.process_index(), process_count=jax.process_count())
-
-
-def vae_objective(config, workdir: str, mesh) -> Objective:
-    """Reconstruction (L1, L2) and KL of dense clips; see `VAELossConfig`."""
-    from sorax.train import TrainConfig, compute_dtype
-
-    model = config_lib.build(VAEConfig, config.model, "model")
-    data = config_lib.build(DataConfig, config.data, "data")
-    weights = config_lib.build(VAELossConfig, config.loss, "loss")
-    settings = config_lib.build(TrainConfig, config.train, "train")
-    evaluation = config_lib.build(EvalConfig, config.eval, "eval")
-    dtype = compute_dtype(settings.dtype)
-    _check_path(data)
-    grid = dict(spatial_multiple=model.spatial_stride, temporal_stride=model.temporal_stride,
-                index_cache=os.path.join(workdir, "index"), index_progress=runlog.reporter("index"))  # fmt: skip
-    source = open_source(config.data, **grid)
-    held_out = held_out_source(config.data, **grid)
-    graphdef, _ = functional.abstract(VAE, model)
-
-    def loss(params, batch, key):
-        vae = nnx.merge(graphdef, functional.cast(params, dtype))
-        video = batch["video"].astype(jnp.float32) / 127.5 - 1.0
-        mean, logvar = vae.encode(video.astype(dtype))
-        mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
-        z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
-        error = vae.decode(z.astype(dtype)).astype(jnp.float32) - video
-        l1, l2 = jnp.sum(jnp.abs(error)), jnp.sum(jnp.square(error))
-        kl = 0.5 * jnp.sum(jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar)  # nats, of the whole batch
-        # Per pixel value for the errors and per latent position for the KL, as the published weights have it.
-        values, places = jnp.float32(video.size), jnp.float32(mean.size / mean.shape[-1])
-        total = weights.l1 * l1 + weights.l2 * l2 + weights.kl * kl * (values / places)
-        return dict(loss=(total, values), l1=(l1, values), mse=(l2, values), kl=(kl, places))
-
-    def evaluate(state, step, folder):
-        codec = Codec(model, state.ema_params)
-        originals = [held_out[i]["video"] for i in range(min(evaluation.num_videos, len(held_out)))]
-        copies = codec.decode(codec.encode(originals))
-        scores = [psnr(a, b) for a, b in zip(originals, copies)]
-        pairs = [np.concatenate([a, b], axis=2) for a, b in zip(originals, copies)]
-        write_samples(folder, step, pairs, ["original, then reconstruction"] * len(pairs))
-        videos = {f"reconstruction/{i}": pair for i, pair in enumerate(pairs)}
-        return {"val_psnr": float(np.mean(scores))}, videos, held_out.spec(0).fps
-
-    def finish(params):
-        indices = np.linspace(0, len(source) - 1, min(256, len(source))).astype(int)
-        mean, std = Codec(model, params).statistics([source[int(i)]["video"] for i in indices])
-        stats = dict(latents_mean=mean, latents_std=std)
-        place = {name: jax.device_put(value, params[name].sharding) for name, value in stats.items()}
-        return dict(params, **place)
-
-    def batches(step):
-        options = dict(seed=settings.seed, num_workers=data.workers, **_options())
-        if step < data.image_steps:
-            frame = (1, *(data.crop[1:] if data.crop else (1 << 30, 1 << 30)))
-            images = make_clip_loader(source, batch_size=data.image_batch, crop=frame, start_step=step, **options)
-            yield from itertools.islice(images, data.image_steps - step)
-            images.close()
-        yield from make_clip_loader(source, batch_size=data.batch, crop=data.crop,
-                                    start_step=max(step, data.image_steps), **options)  # fmt: skip
-
-    order = (data.batch, data.crop, data.image_steps, data.image_batch, settings.seed)
-    return Objective(
-        name="VAE",
-        identity=source_identity(source, repr(order)),
-        init=lambda key: functional.init(VAE, model, key),
-        loss=loss,
-        batches=batches,
-        work=lambda batch: dict(frames=int(np.prod(batch["video"].shape[:2])) * jax.process_count()),
-        evaluate=evaluate,
-        finish=finish,
-    )  # fmt: skip
 
 
 def write_samples(folder, step, videos, captions):
@@ -267,7 +221,7 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
     dtype = compute_dtype(settings.dtype)
 
     # --- Data: latents of every sample, made once
-    _check_path(data)
+    check_path(data)
     here = mesh.shape["data"] * mesh.shape["fsdp"]
     ranks = data.ranks or here
     if data.batch % here:
@@ -315,7 +269,7 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
         generated = (ids != 0) & ~given
         return flow.token_loss(velocity, target, generated)[1], generated, level_index
 
-    def loss(params, batch, key):
+    def loss(params, batch, key, step, constants):
         sigma_key, given_key, drop_key, noise_key = jax.random.split(key, 4)
         ids = batch["segment_ids"]
         levels = flow.draw_sigma(sigma_key, (ids.shape[0], S), mean=flow_config.sigma_mean,
@@ -342,7 +296,7 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
 
     def evaluate(state, step, folder):
         params, metrics = state.ema_params, {}
-        batch = sharding.put_batch(next(make_loader(val_rows, **_options())), mesh)
+        batch = sharding.put_batch(next(make_loader(val_rows, **loader_options())), mesh)
         for i, sigma in enumerate(VALIDATION_SIGMAS):
             total, count = validation(params, batch, sigma, jax.random.key(i))
             metrics[f"val_loss_sigma_{sigma:g}"] = float(total / count)
@@ -363,7 +317,8 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
         identity=f"{rows.identity}-{examples.identity}",
         init=init,
         loss=loss,
-        batches=lambda step: make_loader(rows, start_step=step, num_workers=data.workers, **_options()),
+        batches=lambda step: make_loader(rows, start_step=step, num_workers=data.workers, **loader_options()),
         work=lambda batch: flops.rows_work(model, text_model, batch),
         evaluate=evaluate,
+        optims={"": config_lib.build(OptimConfig, config.optim, "optim")},
     )

@@ -44,8 +44,27 @@ def learning_rate(config: OptimConfig, num_steps: int):
     )  # fmt: skip
 
 
-def make_tx(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
-    """The optax transformation; its state mirrors the parameters, path by path."""
+def make_tx(configs: dict[str, OptimConfig], num_steps: int) -> optax.GradientTransformation:
+    """The optax transformation of parameters dict(name=tree): each tree has its own optimizer, and clipping.
+
+    configs: by the names of the trees, or {"": config} for parameters of any form with one optimizer. The state mirrors
+    the parameters, path by path.
+    """
+    if list(configs) == [""]:
+        return _make_tx(configs[""], num_steps)
+    each = {name: _make_tx(config, num_steps) for name, config in configs.items()}
+
+    def init(params):
+        return {name: tx.init(params[name]) for name, tx in each.items()}
+
+    def update(gradients, state, params):
+        updates = {name: tx.update(gradients[name], state[name], params[name]) for name, tx in each.items()}
+        return {name: u for name, (u, _) in updates.items()}, {name: s for name, (_, s) in updates.items()}
+
+    return optax.GradientTransformation(init, update)
+
+
+def _make_tx(config, num_steps):
 
     def decayed(params):
         def rule(path, p):

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import pathlib
 
 import jax
 from jax.sharding import SingleDeviceSharding
@@ -14,7 +15,7 @@ from data_pipelines.latent_writer import splits
 from data_pipelines.sources import open_source
 from data_pipelines.text_tokens import Tokenizer
 from sorax import config as config_lib
-from sorax import functional
+from sorax import convert, functional
 from sorax.checkpoint import Checkpoints
 from sorax.convert import Networks
 from sorax.dit import DiT, DiTConfig
@@ -76,22 +77,26 @@ class Run:
 
     def scores(self) -> dict[str, str]:
         """The main scores of `report/scores.json` in words; empty where it is missing or of another step."""
-        path = os.path.join(self.workdir, "report", "scores.json")
-        if not os.path.exists(path):
-            return {}
-        with open(path) as f:
-            report = json.load(f)
-        if report["step"] != self.step:
-            return {}
         scores = {}
-        for split, found in report["splits"].items():
+        for split, found in report_splits(self.workdir, self.step).items():
             joint = found.get("prompts", {}).get("model", {}).get("joint")
             if joint:
                 low, high = 100 * joint["lo"], 100 * joint["hi"]
                 share = f"{100 * joint['rate']:.1f} % [{low:.1f}, {high:.1f}] of {joint['n']} clips"
                 scores[f"prompts followed in every attribute, {split}"] = share
-            scores[f"VAE PSNR, {split}"] = f"{found['vae']['psnr']:.2f} dB"
+            if found["vae"]["psnr"] is not None:  # else every clip was copied exactly
+                scores[f"VAE PSNR, {split}"] = f"{found['vae']['psnr']:.2f} dB"
         return scores
+
+
+def report_splits(workdir: str, step: int) -> dict:
+    """Split -> scores, of a run's `report/scores.json`; empty where it is missing or of another step."""
+    path = os.path.join(workdir, "report", "scores.json")
+    if not os.path.exists(path):
+        return {}
+    with open(path) as f:
+        report = json.load(f)
+    return report["splits"] if report["step"] == step else {}
 
 
 def load_run(workdir: str, weights: str = "ema") -> Run:
@@ -105,7 +110,7 @@ def load_run(workdir: str, weights: str = "ema") -> Run:
     if config.kind != "dit":
         raise UserError(f"{workdir!r} is the run of a {config.kind}, not of a text-to-video model: name the folder of "
                         "a DiT experiment")  # fmt: skip
-    vae_config, vae_params, _ = load_vae(vae_folder(config, workdir))
+    vae_config, vae_params, _ = open_vae(vae_folder(config, workdir))
     dit_config = config_lib.build(DiTConfig, config.model, "model")
     text_config = config_lib.build(TextConfig, config.text, "text")
     tokenizer = Tokenizer.load(workdir, text_config.vocab_size)
@@ -121,6 +126,71 @@ def vae_folder(config, workdir: str) -> str:
     return config.vae.get("path") or os.path.join(workdir, "vae")
 
 
+def kind_of(path: str) -> str:
+    """What a folder holds: "dit" or "vae", a run of that kind, or "diffusers", an `AutoencoderKLWan` or a pipeline
+    with one.
+
+    Raises:
+        UserError: it is missing, or neither.
+    """
+    if _diffusers_vae(path) is not None:
+        return "diffusers"
+    kind = config_lib.read_config(path).get("kind")
+    if kind not in ("dit", "vae"):
+        raise UserError(f"{path!r} is neither a run nor a diffusers folder: its {config_lib.CONFIG_FILE} has no `kind` "
+                        "of a run and no `_class_name` AutoencoderKLWan")  # fmt: skip
+    return kind
+
+
+def _diffusers_vae(path) -> pathlib.Path | None:
+    """The `AutoencoderKLWan` folder that a path is or, being a pipeline, has; None if it is something else."""
+    folder = pathlib.Path(path)
+    if (folder / "model_index.json").is_file():
+        folder = folder / "vae"
+    elif not (folder / config_lib.CONFIG_FILE).is_file():
+        return None
+    there = convert.read_json(folder / "config.json")
+    if "kind" in there or not {"_class_name", "z_dim"} & there.keys():
+        return None
+    name = there.get("_class_name", "AutoencoderKLWan")
+    if name != "AutoencoderKLWan":
+        raise UserError(f"{folder} holds a {name}: as a VAE sorax reads AutoencoderKLWan alone")
+    return folder
+
+
+def open_vae(path: str):
+    """Config, parameters and identity of a VAE, from wherever one is.
+
+    path: the folder of a finished VAE run (its EMA weights), of a DiT run (the VAE it uses), of an `AutoencoderKLWan`
+    of diffusers, or of a pipeline that has one. The identity is a hash of all parameters: a VAE that is exported in
+    float32 and read back keeps its own, and so the latents that were encoded with it stay usable.
+
+    Raises:
+        UserError: none of these is there, the run is not finished, or config and weights do not fit each other.
+    """
+    kind = kind_of(path)
+    if kind == "dit":
+        return open_vae(vae_folder(config_lib.read_config(path), path))
+    if kind == "vae":
+        return load_vae(path)
+    vae_config, params = convert.read_vae(_diffusers_vae(path))
+    identity = _identity(params)
+    return vae_config, jax.device_put(params, jax.local_devices()[0]), identity
+
+
+def open_vae_config(path: str) -> VAEConfig:
+    """The config alone of the VAE that `open_vae` opens; its run need not be finished."""
+    kind = kind_of(path)
+    if kind == "dit":
+        config = config_lib.read_config(path)
+        if not config.vae.get("path"):
+            return config_lib.build(VAEConfig, config.vae.model, "vae.model")
+        return open_vae_config(config.vae.path)
+    if kind == "diffusers":
+        return convert.read_vae_config(_diffusers_vae(path))[0]
+    return config_lib.build(VAEConfig, config_lib.read_config(path).model, "model")
+
+
 def load_vae(workdir: str):
     """Config, EMA parameters and identity of a finished VAE run.
 
@@ -131,14 +201,19 @@ def load_vae(workdir: str):
     if config.kind != "vae":
         raise UserError(f"{workdir!r} is the run of a {config.kind}, not of a VAE: set config.vae.path to a VAE run")
     vae_config = config_lib.build(VAEConfig, config.model, "model")
-    params, step = load_params(workdir, functional.abstract(VAE, vae_config)[1], "ema")
+    params, step = load_params(workdir, dict(vae=functional.abstract(VAE, vae_config)[1]), "ema")
+    params = params["vae"]
     if step < config.train.steps:
         raise UserError(f"the VAE in {workdir!r} is at step {step} of {config.train.steps}: finish it first, with "
                         f"`sorax train --workdir {workdir}` and its config")  # fmt: skip
+    return vae_config, params, _identity(params)
+
+
+def _identity(params) -> str:
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(jax.device_get(params)):
         digest.update(leaf.tobytes())
-    return vae_config, params, digest.hexdigest()[:16]
+    return digest.hexdigest()[:16]
 
 
 def load_params(workdir: str, shapes, weights: str):

@@ -14,10 +14,8 @@ from sorax import config as config_lib
 from sorax import sharding
 from sorax.checkpoint import Checkpoints
 from sorax.errors import UserError
-from sorax.optim import OptimConfig, learning_rate, make_tx, update_ema
+from sorax.optim import learning_rate, make_tx, update_ema
 from sorax.runlog import Progress, RunLog
-
-TrainLoss = Any  # (params, batch, key) -> {name: (sum, weight)}; sum / weight of "loss" is minimised
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,22 +63,25 @@ def make_init(objective, tx):
     def init(key):
         # The hardware generator: threefry takes XLA's CPU compiler half a second a parameter.
         params = objective.init(jax.random.wrap_key_data(jnp.tile(jax.random.key_data(key), 2), impl="rbg"))
-        # The EMA is a copy, not the same buffers: both are donated to the step.
-        ema_params = jax.tree.map(jnp.copy, params)
         rng = jax.random.key_data(jax.random.fold_in(key, 1))
-        return TrainState(jnp.int32(0), params, ema_params, tx.init(params), rng)
+        return TrainState(jnp.int32(0), params, _copy(objective.averaged(params)), tx.init(params), rng)
 
     return init
 
 
+def _copy(params):
+    """For the EMA: other buffers, since both are donated to the step."""
+    return jax.tree.map(jnp.copy, params)
+
+
 def make_step(objective, tx, ema_decay: float, accumulate: int):
-    """Function (state, batch) -> (state, {name: (sum, weight)}), to be jitted with shardings."""
+    """Function (state, batch, constants) -> (state, {name: (sum, weight)}), to be jitted with shardings."""
 
-    def total_loss(params, batch, key):
-        sums = objective.loss(params, batch, key)
-        return sums["loss"][0], sums
+    def step(state, batch, constants):
+        def total_loss(params, batch, key):
+            sums = objective.loss(params, batch, key, state.step, constants)
+            return sums["loss"][0], sums
 
-    def step(state, batch):
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         # Gradients of the *sum* are accumulated, then divided by the weight of the whole batch: a micro-batch with
         # more to predict counts for more, and accumulation changes nothing.
@@ -101,7 +102,7 @@ def make_step(objective, tx, ema_decay: float, accumulate: int):
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums["loss"][1], 1e-8), grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = jax.tree.map(jnp.add, state.params, updates)
-        ema_params = update_ema(state.ema_params, params, state.step, ema_decay)
+        ema_params = update_ema(state.ema_params, objective.averaged(params), state.step, ema_decay)
         norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
         sums = dict(sums, grad_norm=(norm, jnp.float32(1)))
         return TrainState(state.step + 1, params, ema_params, opt_state, state.rng), sums
@@ -125,7 +126,6 @@ def train(config, workdir: str, *, title: str | None = None):
     config = config.copy_and_resolve_references()
     complete(config)
     settings = config_lib.build(TrainConfig, config.train, "train")
-    optim = config_lib.build(OptimConfig, config.optim, "optim")
     keeping = config_lib.build(CheckpointConfig, config.checkpoint, "checkpoint")
     mesh = sharding.make_mesh(**config.mesh)
     os.makedirs(workdir, exist_ok=True)
@@ -137,17 +137,19 @@ def train(config, workdir: str, *, title: str | None = None):
     title = title or f"train {objective.name}"
 
     # --- Shard
-    tx = make_tx(optim, settings.steps)
+    tx = make_tx(objective.optims, settings.steps)
+    optim = next(iter(objective.optims.values()))  # of the network that the run is about
     init = make_init(objective, tx)
     key = jax.random.key(settings.seed)
     abstract = jax.eval_shape(init, key)
     shardings = sharding.shardings_for(abstract, mesh)
+    constants = jax.device_put(objective.constants, sharding.replicated(mesh))
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
 
     # --- Step
     step_fn = jax.jit(
         make_step(objective, tx, optim.ema_decay, settings.accumulate),
-        in_shardings=(shardings, sharding.batch_sharding(mesh)),
+        in_shardings=(shardings, sharding.batch_sharding(mesh), sharding.replicated(mesh)),
         out_shardings=(shardings, sharding.replicated(mesh)),
         donate_argnums=0,
     )
@@ -163,6 +165,9 @@ def train(config, workdir: str, *, title: str | None = None):
         state = _state(items, step)
     else:
         state = jax.jit(init, out_shardings=shardings)(key)
+        params = objective.start(state.params)
+        if params is not state.params:
+            state = state.replace(params=params, ema_params=_copy(objective.averaged(params)))
 
     # --- Loop
     if step >= settings.steps:
@@ -180,7 +185,7 @@ def train(config, workdir: str, *, title: str | None = None):
         while step < settings.steps:
             batch = next(batches)
             work.append(objective.work(batch))
-            state, sums = step_fn(state, sharding.put_batch(batch, mesh))
+            state, sums = step_fn(state, sharding.put_batch(batch, mesh), constants)
             pending.append(sums)
             step += 1
             if step % settings.log_every == 0 or step == settings.steps:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sorax.conv import Conv, Past, conv_space
+from sorax.conv import Conv, Past, conv_causal, conv_space
 
 SCORES_AT_ONCE = 1 << 28  # of attention, a gigabyte in float32; more are made a frame at a time
 
@@ -163,7 +163,7 @@ class Downsample(nnx.Module):
             self.time_conv.kernel[...] = jnp.zeros((3, 1, 1, width, width)).at[1, 0, 0].set(jnp.eye(width))
 
     def __call__(self, x, past=None):
-        x = conv_space(x, self.conv.kernel[...][0], stride=2, padding=((0, 1), (0, 1))) + self.conv.bias[...]
+        x = conv_space(x, self.conv.kernel[...][0], stride=(2, 2), padding=((0, 1), (0, 1))) + self.conv.bias[...]
         if self.time_conv is None:
             return x
         before = None
@@ -284,11 +284,15 @@ class Decoder(nnx.Module):
         self.norm_out = Norm(n_out)
         self.conv_out = Conv(n_out, 3 * config.pixel_patch**2, (3, 3, 3), rngs)
 
-    def __call__(self, x, past=None, remat=False):
+    def features(self, x, past=None, remat=False):
+        """What the last convolution turns into pixels."""
         x = self.middle(self.conv_in(x, past), past)
         for stage in self.stages:
             x = stage(x, past, remat)
-        return self.conv_out(jax.nn.silu(self.norm_out(x)), past)
+        return jax.nn.silu(self.norm_out(x))
+
+    def __call__(self, x, past=None, remat=False):
+        return self.conv_out(self.features(x, past, remat), past)
 
 
 class VAE(nnx.Module):
@@ -341,7 +345,24 @@ class VAE(nnx.Module):
 
     def decode(self, z, *, remat: bool = False):
         """Video `[B, T, H, W, 3]` of latents z `[B, t, h, w, C]` that are not normalised; not clipped to [-1, 1]."""
-        return self._unfold(self.decoder(self.post_quant_conv(z), remat=remat))
+        return self.show(self.decode_features(z, remat=remat))
+
+    def decode_features(self, z, *, remat: bool = False):
+        """`decode` up to its last convolution, which is `show`: `[B, T, H', W', C]`."""
+        return self.decoder.features(self.post_quant_conv(z), remat=remat)
+
+    def show(self, features):
+        """Video `[B, T, H, W, 3]` of `decode_features`."""
+        return self._unfold(self.decoder.conv_out(features))
+
+    def last_gradient(self, features, gradient):
+        """Gradient of the kernel of `show`, for one at its video: how strongly a term of a loss pulls."""
+        last = self.decoder.conv_out
+
+        def show(kernel):
+            return self._unfold(conv_causal(features, kernel) + last.bias[...])
+
+        return jax.vjp(show, last.kernel[...])[1](gradient.astype(features.dtype))[0]
 
     def decode_chunk(self, z, frames=None):
         """The next frames of videos, from the next latents (any number) and what the chunk before left.

@@ -18,7 +18,7 @@ if _flag not in os.environ.get("XLA_FLAGS", ""):
 
 QUICKSTART = pathlib.Path(__file__).parents[1] / "experiments" / "quickstart.py"
 TINY = (  # batches of 8, one for each device; one shape, for every shape is compiled
-    "vae.model.base_width=8", "vae.optim.optimizer=adamw", "vae.data.image_steps=0", "vae.data.batch=8",
+    "vae.model.base_width=8", "vae.optim.optimizer=adamw", "vae.data.stages=()", "vae.data.batch=8",
     "vae.data.world.num_samples=16", "vae.data.world.shapes=((5, 32, 32),)", "vae.train.steps=2",
     "model.num_layers=2", "model.ffn_dim=128", "text.num_layers=1", "data.world.num_samples=32",
     "data.world.shapes=((5, 32, 32),)", "data.val_samples=32", "data.batch=8", "train.steps=2", "train.unroll=false",

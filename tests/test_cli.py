@@ -169,7 +169,9 @@ def test_real_videos_train_at_native_shapes(tmp_path, capsys):
         write(folder / name, numbered(12, height, width), fps=8)
         (folder / name).with_suffix(".txt").write_text(f"a {name} clip")
     argv = ["train", "--config", CLIPS, "--workdir", str(tmp_path / "w"), f"--config.data.path={folder}"]
-    small = ("vae.train.steps=2", "vae.data.image_steps=1", "vae.data.batch=8", "vae.data.image_batch=8",
+    stages = "({'steps': 1, 'batch': 8, 'crop': (1, 48, 48)},)"
+    stages = "({'steps': 1, 'batch': 8, 'crop': (1, 48, 48)},)"
+    small = ("vae.train.steps=2", f"vae.data.stages={stages}", "vae.data.batch=8",
              "train.steps=2", "data.row_tokens=160", "data.batch=8", "eval.every=0", "train.unroll=False")  # fmt: skip
     assert cli.main(argv + [f"--config.{override}" for override in small]) == 0
     rows = [json.loads(line) for line in (tmp_path / "w" / "metrics.jsonl").read_text().splitlines()]

@@ -38,16 +38,16 @@ def one_device():
 
 def run_steps(objective, params, batch, mesh):
     """(sums of each step, state) after a few optimizer steps on a mesh, placed as `sorax.train` places them."""
-    tx = make_tx(OPTIM, 10)
+    tx = make_tx({"": OPTIM}, 10)
     state = TrainState(np.int32(0), params, params, tx.init(params), jax.random.key_data(jax.random.key(1)))
     places = sharding.shardings_for(state, mesh)
     state = jax.tree.map(lambda x, s: jax.device_put(np.asarray(x), s), state, places)
-    step = jax.jit(make_step(objective, tx, 0.9, 1), in_shardings=(places, sharding.batch_sharding(mesh)),
+    step = jax.jit(make_step(objective, tx, 0.9, 1), in_shardings=(places, sharding.batch_sharding(mesh), None),
                    out_shardings=(places, sharding.replicated(mesh)),
                    compiler_options={"xla_backend_optimization_level": 0})  # fmt: skip  # compiles twice as fast
     history = []
     for _ in range(STEPS):
-        state, sums = step(state, sharding.put_batch(batch, mesh))
+        state, sums = step(state, sharding.put_batch(batch, mesh), {})
         history.append(jax.device_get(sums))
     return history, state
 

@@ -170,7 +170,7 @@ def check_sections(config):
                              eval=objectives.EvalConfig).items():  # fmt: skip
         config_lib.build(cls, config[section], section)
     assert set(config.mesh) == {"data", "fsdp", "context", "tensor"}
-    return make_tx(config_lib.build(OptimConfig, config.optim, "optim"), config.train.steps)
+    return make_tx({"": config_lib.build(OptimConfig, config.optim, "optim")}, config.train.steps)
 
 
 def check_vae(config):

@@ -87,12 +87,16 @@ def assert_metrics_are_complete(workdir):
 
 @pytest.fixture(scope="module")
 def vae_config():
-    """One step on images, then steps on clips."""
+    """One step on images, then steps on clips, the last two against a discriminator."""
     config = tiny_config(
         "vae.data.path=world", "vae.optim.optimizer=muon", f"vae.train.steps={STEPS}", "vae.train.log_every=1",
-        *[f"vae.checkpoint.{setting}" for setting in KEEPING], "vae.data.image_steps=1", "vae.data.image_batch=8",
+        *[f"vae.checkpoint.{setting}" for setting in KEEPING],
+        "vae.data.stages=({'steps': 1, 'batch': 8, 'crop': (1, 0, 0)},)",
     )  # fmt: skip
-    return config.vae.copy_and_resolve_references()
+    config = config.vae.copy_and_resolve_references()
+    config.loss.update(adversarial=0.5, adversarial_start=2)
+    config.discriminator = dict(base_width=8, num_layers=2)
+    return config
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +112,7 @@ def test_an_interrupted_vae_run_resumes_bit_identical(vae_run, vae_config, tmp_p
     train(vae_config, workdir)
     assert_same_run(vae_run, workdir)
     assert_metrics_are_complete(workdir)
-    statistics = state_of(workdir)["ema_params"]
+    statistics = state_of(workdir)["ema_params"]["vae"]
     assert np.all(statistics["latents_std"] != 1) and np.all(statistics["latents_mean"] != 0)  # measured at the end
 
 
@@ -130,7 +134,7 @@ def test_a_finished_run_is_left_alone(vae_run, vae_config, capsys):
     assert metrics_of(vae_run) == before
 
 
-def weighted_regression(params, batch, key):
+def weighted_regression(params, batch, key, step, constants):
     error = jnp.square(batch["x"] @ params["kernel"] - batch["y"]) * batch["weight"]
     return dict(loss=(jnp.sum(error), jnp.sum(batch["weight"])))
 
@@ -140,9 +144,10 @@ def regression(accumulate, batch_size=8):
     rng = np.random.default_rng(0)
     weight = np.resize([0, 0, 1, 0, 5, 2, 1, 1], batch_size)
     batch = dict(x=rng.standard_normal((batch_size, 3)), y=rng.standard_normal(batch_size), weight=weight)
-    tx, params = make_tx(OptimConfig(lr=0.1, warmup_steps=0), 10), dict(kernel=jnp.zeros(3))
+    tx, params = make_tx({"": OptimConfig(lr=0.1, warmup_steps=0)}, 10), dict(kernel=jnp.zeros(3))
     state = TrainState(jnp.int32(0), params, params, tx.init(params), jax.random.key_data(jax.random.key(0)))
-    step = make_step(types.SimpleNamespace(loss=weighted_regression), tx, 0.9, accumulate)
+    objective = types.SimpleNamespace(loss=weighted_regression, averaged=lambda params: params)
+    step = make_step(objective, tx, 0.9, accumulate)
     return step, state, jax.tree.map(np.float32, batch)
 
 
@@ -152,7 +157,7 @@ def test_accumulated_micro_batches_are_the_whole_batch():
     def run(accumulate):
         step, state, batch = regression(accumulate)
         for _ in range(3):
-            state, sums = jax.jit(step)(state, batch)
+            state, sums = jax.jit(step)(state, batch, {})
         return state, sums
 
     whole = run(1)
@@ -166,7 +171,7 @@ def test_micro_batches_stay_on_their_devices():
     mesh = sharding.make_mesh(data=8)
     step, state, batch = regression(accumulate=2, batch_size=16)
     places = sharding.shardings_for(state, mesh)
-    program = jax.jit(step, in_shardings=(places, sharding.batch_sharding(mesh)), out_shardings=(places, None))
-    text = program.lower(state, batch).compile().as_text()
+    program = jax.jit(step, in_shardings=(places, sharding.batch_sharding(mesh), None), out_shardings=(places, None))
+    text = program.lower(state, batch, {}).compile().as_text()
     assert "all-reduce" in text
     assert not re.findall("all-gather|all-to-all|collective-permute", text)

@@ -1,0 +1,93 @@
+"""LPIPS against the PyTorch definition with random weights (fixtures: tests/fixtures/make_lpips_fixtures.py)."""
+
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from sorax.errors import UserError
+from sorax.lpips import LPIPS, tensor_shapes
+
+FIXTURES = pathlib.Path(__file__).parent / "fixtures"
+sys.path.insert(0, str(FIXTURES))
+from make_lpips_fixtures import SHAPES, draw_weight, pictures  # noqa: E402
+
+TOLERANCE = 1e-5  # relative; the reference is in float64
+REFERENCE = np.load(FIXTURES / "lpips.npz")
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    return {name: draw_weight(name, shape) for name, shape in tensor_shapes().items()}
+
+
+@pytest.fixture(scope="module")
+def metric(tensors):
+    return LPIPS.from_tensors(tensors)
+
+
+@pytest.fixture(scope="module")
+def distance(metric):
+    """Compiled, with the weights as an argument."""
+    compiled = jax.jit(lambda params, a, b: metric(a, b, params))
+    return lambda a, b: compiled(metric.params, a, b)
+
+
+def test_the_tensors_are_those_of_the_definition():
+    assert sorted(tensor_shapes()) == REFERENCE["names"].tolist()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_distances_equal_the_definition_in_pytorch(distance, name):
+    a, b = pictures(name)
+    np.testing.assert_allclose(distance(a, b), REFERENCE[name], rtol=TOLERANCE)
+
+
+def test_it_is_symmetric_zero_for_equal_pictures_and_positive_else(distance):
+    a, b = pictures("small")
+    there, back = distance(a, b), distance(b, a)
+    np.testing.assert_allclose(there, back, rtol=1e-6)
+    assert (there > 0.01).all()
+    assert (distance(a, a) < 1e-12).all()  # the two halves of a batch may be rounded otherwise
+
+
+def test_the_gradient_is_finite_where_pictures_are_equal_or_black(metric):
+    a, b = pictures("small")
+    compiled = jax.jit(jax.grad(lambda x, y, params: jnp.sum(metric(x, y, params))))
+
+    def slope(x, y):
+        return compiled(x, y, metric.params)
+
+    black = np.full_like(a, -1.0)
+    for x, y in ((a, a), (black, black), (black, b), (a, b)):
+        assert np.isfinite(slope(x, y)).all()
+    assert np.abs(slope(a, a)).max() < 1e-6 < np.abs(slope(a, b)).max()
+
+
+def test_a_gradient_step_brings_pictures_nearer(metric):
+    a, b = pictures("small")
+    value = jax.jit(jax.value_and_grad(lambda x, params: jnp.sum(metric(x, b, params))))
+    before, slope = value(a, metric.params)
+    after, _ = value(a - 1e-2 * slope / np.sqrt(np.sum(np.square(slope))), metric.params)
+    assert after < before
+
+
+def test_files_are_read_and_faulty_ones_are_explained(tensors, metric, tmp_path):
+    path = str(tmp_path / "lpips.safetensors")
+    save_file(tensors, path)
+    read = LPIPS.load(path)
+    jax.tree.map(np.testing.assert_array_equal, read.params, metric.params)
+    faulty = {k: v for k, v in tensors.items() if not k.startswith("lin")} | {"features.0.bias": np.zeros(3)}
+    save_file(faulty, path)
+    with pytest.raises(UserError, match=r"lin0.model.1.weight is missing.*and 2 more.*sorax/lpips.py"):
+        LPIPS.load(path)
+    save_file(tensors | {"features.0.bias": np.zeros(3, np.float32)}, path)
+    with pytest.raises(UserError, match=r"features.0.bias is \(3,\), not \(64,\)"):
+        LPIPS.load(path)
+    pathlib.Path(path).write_bytes(b"not safetensors")
+    with pytest.raises(UserError, match="cannot be read"):
+        LPIPS.load(path)
