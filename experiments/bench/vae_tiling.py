@@ -1,11 +1,12 @@
-"""Error of spatial tiling: reconstructions in tiles against those of whole frames, for several overlaps.
+"""Error of spatial tiling: reconstructions in 2 x 2 tiles against those of whole frames, for several overlaps.
 
     python -m experiments.bench.vae_tiling --clips FOLDER [--run VAE_RUN | --vae DIFFUSERS_FOLDER]
-        [--tile 128] [--overlaps 0 16 32 64] [--frames 17] [--size 256] [--count 8]
+        [--overlaps 0 16 32 64] [--frames 17] [--size 256] [--count 8]
 
 Without --run or --vae the VAE has random parameters: only good to see that the program runs. Printed for each overlap:
 PSNR between the two reconstructions (encoding tiled, decoding tiled, both), over all clips and for the worst one; the
 largest difference in levels of a byte; PSNR of the tiled reconstruction against the clip; pixels computed a pixel.
+A tile's side is (size + overlap) / 2: overlaps are multiples of twice the VAE's spatial stride.
 """
 
 import argparse
@@ -23,7 +24,6 @@ from sorax.convert import read_vae  # noqa: E402
 from sorax.encode import Codec  # noqa: E402
 from sorax.functional import init  # noqa: E402
 from sorax.runs import load_vae  # noqa: E402
-from sorax.stream import tiles  # noqa: E402
 from sorax.vae import VAE, VAEConfig  # noqa: E402
 
 SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi")
@@ -57,7 +57,6 @@ def main():
     parser.add_argument("--run", help="folder of a finished VAE run")
     parser.add_argument("--vae", help="folder of a diffusers AutoencoderKLWan")
     parser.add_argument("--clips", required=True, help="folder of videos")
-    parser.add_argument("--tile", type=int, default=128, help="pixels")
     parser.add_argument("--overlaps", type=int, nargs="+", default=[0, 16, 32, 64], help="pixels")
     parser.add_argument("--frames", type=int, default=17)
     parser.add_argument("--size", type=int, default=256, help="clips are scaled and cropped to this, in pixels")
@@ -67,10 +66,11 @@ def main():
     clips, whole = read_clips(settings), Codec(config, params)
     latents = whole.encode(clips)
     shown = whole.decode(latents)
-    print(f"{len(clips)} clips of {settings.frames} x {settings.size} x {settings.size}, tiles of {settings.tile}; "
+    print(f"{len(clips)} clips of {settings.frames} x {settings.size} x {settings.size}; "
           f"untiled PSNR {psnr(errors(shown, clips).mean()):.2f} dB")  # fmt: skip
     for overlap in settings.overlaps:
-        tiled = Codec(config, params, tile=settings.tile, overlap=overlap)
+        tile = (settings.size + overlap) // 2
+        tiled = Codec(config, params, tile=tile, overlap=overlap)
         their = tiled.encode(clips)
         said = []
         for name, videos in (("encode", whole.decode(their)), ("decode", tiled.decode(latents)),
@@ -78,11 +78,8 @@ def main():
             mse = errors(videos, shown)
             said.append(f"{name} {psnr(mse.mean()):.1f} dB (worst {psnr(mse.max()):.1f})")
         most = max(np.abs(np.int16(a) - np.int16(b)).max() for a, b in zip(videos, shown))
-        size = settings.size // config.spatial_stride
-        tile, step = (pixels // config.spatial_stride for pixels in (settings.tile, overlap))
-        work = (len(tiles(size, tile, step)) * min(tile, size) / size) ** 2
         print(f"overlap {overlap}: {', '.join(said)}; largest difference {most} levels; against the clips "
-              f"{psnr(errors(videos, clips).mean()):.2f} dB; {work:.2f} times the pixels", flush=True)  # fmt: skip
+              f"{psnr(errors(videos, clips).mean()):.2f} dB; {(2 * tile / settings.size) ** 2:.2f} times the pixels", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":
