@@ -71,7 +71,7 @@ def main():
     for overlap in settings.overlaps:
         tile = (settings.size + overlap) // 2
         tiled = Codec(config, params, tile=tile, overlap=overlap)
-        their = tiled.encode(clips)
+        their, work = tiled.encode(clips), (2 * tile / settings.size) ** 2
         said = []
         for name, videos in (("encode", whole.decode(their)), ("decode", tiled.decode(latents)),
                              ("both", tiled.decode(their))):  # fmt: skip
@@ -79,7 +79,7 @@ def main():
             said.append(f"{name} {psnr(mse.mean()):.1f} dB (worst {psnr(mse.max()):.1f})")
         most = max(np.abs(np.int16(a) - np.int16(b)).max() for a, b in zip(videos, shown))
         print(f"overlap {overlap}: {', '.join(said)}; largest difference {most} levels; against the clips "
-              f"{psnr(errors(videos, clips).mean()):.2f} dB; {(2 * tile / settings.size) ** 2:.2f} times the pixels", flush=True)  # fmt: skip
+              f"{psnr(errors(videos, clips).mean()):.2f} dB; {work:.2f} times the pixels", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":
