@@ -49,7 +49,7 @@ def _parse(argv):
 
     encode = verb(encode_verb, "encode", "write the latents of videos, once for all trainings, or check them")
     encode.add_argument("--config", default="", help="DiT experiment whose data section names the videos")
-    encode.add_argument("--vae", default="", help="run of a VAE or DiT, or diffusers folder (default: config.vae.path)")
+    encode.add_argument("--vae", default="", help="VAE: run, DiT run or diffusers folder (default: config.vae.path)")
     encode.add_argument("--out", default="", help="folder of the latents; train with --config.data.path=shards:FOLDER")
     encode.add_argument("--shards", type=int, default=0, help="number of files (default: as many as stay below 256 MB)")
     encode.add_argument("--tokenizer", default="", help="run or latents whose tokenizer to use (default: a new one)")
