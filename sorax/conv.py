@@ -130,9 +130,9 @@ class Conv(nnx.Module):
         before = None
         if past is not None and kt > 1:
             before = past.take()
-            if before is None:
-                before = jnp.zeros((x.shape[0], kt - 1, *x.shape[2:]), x.dtype)
-            past.leave(jnp.concatenate([before, x], axis=1)[:, -(kt - 1) :])
+            seen = x if before is None else jnp.concatenate([before, x], axis=1)
+            missing = max(0, kt - 1 - seen.shape[1])  # frames of zeros before a first chunk that is shorter
+            past.leave(jnp.pad(seen, ((0, 0), (missing, 0), (0, 0), (0, 0), (0, 0)))[:, -(kt - 1) :])
         if x.shape[1] == 0:
             return jnp.zeros((*x.shape[:-1], kernel.shape[-1]), x.dtype)
         return conv_causal(x, kernel, before) + self.bias[...]

@@ -296,33 +296,45 @@ def read_params(folder, stem, names, shapes, extra=None, aliases=None):
         if alias in files:
             files.setdefault(name, files[alias])
     expected = {name.theirs for name in names}
-    _refuse(folder, "lacks", expected - files.keys())
-    _refuse(folder, "has unexpected", files.keys() - expected - aliases.keys())
     leaves = {path_string(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
-    out = {path: np.empty(leaf.shape, np.float32) for path, leaf in leaves.items()}
     unfilled = leaves.keys() - {name.ours for name in names} - (extra or {}).keys()
     assert not unfilled, f"the name table leaves out {sorted(unfilled)}"
-    for path, value in (extra or {}).items():
-        out[path][...] = value
-
     by_file = {}
     for name in names:
-        by_file.setdefault(files[name.theirs], []).append(name)
-    for path, members in by_file.items():
-        with open_safetensors(path) as tensors:
-            inside = set(tensors.keys())
-            for name in members:
-                key = name.theirs if name.theirs in inside else _alias_of(name.theirs, aliases, inside)
-                if key is None:
-                    raise UserError(f"{path}: tensor {name.theirs} is not there, though the index says so")
-                found, wanted = tuple(tensors.get_slice(key).get_shape()), name.shape(leaves)
-                if found != wanted:
-                    raise UserError(f"{path}: {key} has shape {found}, the config asks for {wanted}")
-                value = np.asarray(tensors.get_tensor(key)).astype(np.float32)
-                if not np.isfinite(value).all():
-                    raise UserError(f"{path}: {key} holds NaN or infinite values: the file is damaged")
-                target = out[name.ours] if name.layer is None else out[name.ours][name.layer]
-                target[...] = name.to_ours(value)
+        if name.theirs in files:
+            by_file.setdefault(files[name.theirs], []).append(name)
+
+    def tensors():
+        """(name, file, its key there, the open file) of each expected tensor."""
+        for path, members in by_file.items():
+            with open_safetensors(path) as opened:
+                inside = set(opened.keys())
+                for name in members:
+                    key = name.theirs if name.theirs in inside else _alias_of(name.theirs, aliases, inside)
+                    if key is None:
+                        raise UserError(f"{path}: tensor {name.theirs} is not there, though the index says so")
+                    yield name, path, key, opened
+
+    # All that is wrong is said at once, before gigabytes are read.
+    misshapen = []
+    for name, _, key, file in tensors():
+        found, wanted = tuple(file.get_slice(key).get_shape()), name.shape(leaves)
+        if found != wanted:
+            misshapen.append(f"{key} has shape {found}, the config asks for {wanted}")
+    _refuse(folder, {
+        "lacks {} tensor(s)": expected - files.keys(),
+        "has unexpected {} tensor(s)": files.keys() - expected - aliases.keys(),
+        "has {} tensor(s) of another shape": misshapen,
+    })  # fmt: skip
+    out = {path: np.empty(leaf.shape, np.float32) for path, leaf in leaves.items()}
+    for path, value in (extra or {}).items():
+        out[path][...] = value
+    for name, path, key, file in tensors():
+        value = np.asarray(file.get_tensor(key)).astype(np.float32)
+        if not np.isfinite(value).all():
+            raise UserError(f"{path}: {key} holds NaN or infinite values: the file is damaged")
+        target = out[name.ours] if name.layer is None else out[name.ours][name.layer]
+        target[...] = name.to_ours(value)
     return jax.tree_util.tree_map_with_path(lambda path, _: out[path_string(path)], shapes)
 
 
@@ -343,7 +355,7 @@ def tensor_files(folder, stem) -> dict[str, pathlib.Path]:
                 shards[file] = set(tensors.keys())
         for file, names in shards.items():
             strays = {name for name in names if weight_map.get(name) != file}
-            _refuse(folder / file, "repeats, or has beside the index,", strays)
+            _refuse(folder / file, {"repeats, or has beside the index, {} tensor(s)": strays})
         return {key: folder / file for key, file in weight_map.items()}
     if single.exists():
         with open_safetensors(single) as tensors:
@@ -380,8 +392,11 @@ def _alias_of(name, aliases, inside):
     return next((alias for alias, other in aliases.items() if other == name and alias in inside), None)
 
 
-def _refuse(where, verb, names):
-    if names:
-        shown, more = sorted(names)[:3], len(names) - 3
-        tail = f" and {more} more" if more > 0 else ""
-        raise UserError(f"{where} {verb} {len(names)} tensor(s): {', '.join(shown)}{tail}; do config and weights fit?")
+def _refuse(where, problems):
+    """Raises UserError that lists all of the problems (what is said of a number of things -> the things), if any."""
+    said = []
+    for what, things in problems.items():
+        shown = sorted(things)[:3] + ([f"{len(things) - 3} more"] if len(things) > 3 else [])
+        said += [f"{what.format(len(things))}: {', '.join(shown)}"] if things else []
+    if said:
+        raise UserError(f"{where} {'; '.join(said)}. Do config and weights belong together?")

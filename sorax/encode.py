@@ -9,69 +9,76 @@ import importlib.metadata
 import itertools
 
 import jax
-import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
-from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from data_pipelines import latent_writer
 from data_pipelines.latent_shards import LatentShards
 from data_pipelines.read_ahead import read_ahead
 from data_pipelines.text_tokens import MAX_TOKENS, Tokenizer
-from sorax import functional
+from sorax import sharding, stream
 from sorax.errors import UserError
 from sorax.runlog import Progress
-from sorax.vae import VAE, VAEConfig
+from sorax.vae import VAEConfig
 
-PIXELS_A_BATCH = 1 << 19  # bounds the memory of encoding and decoding
+ENCODE, DECODE = 0, 1  # which of `stream.programs`
+PIXELS_A_BATCH = 1 << 19  # of a device: bounds the memory of encoding and decoding
 CLIPS_A_BATCH = 16  # of a device, when shards are written: more are no faster, and leave more of the last batch empty
 READ_AHEAD_BYTES = 256 << 20  # of videos decoded before they are encoded
 MAX_CAPTIONS = 100_000  # that a survey keeps, for a tokenizer to be trained on
 
 
-@functools.lru_cache(maxsize=8)
-def _programs(config: VAEConfig):
-    """The compiled functions of a VAE of this size, shared by all that hold its parameters."""
-    graphdef, _ = functional.abstract(VAE, config)
-
-    def posterior(vae, video):
-        return vae.encode(video.astype(jnp.float32) / 127.5 - 1.0)
-
-    def encode(params, video):
-        vae = nnx.merge(graphdef, params)
-        return vae.normalize(posterior(vae, video)[0])
-
-    def moments(params, video):
-        mean, logvar = posterior(nnx.merge(graphdef, params), video)
-        return jnp.concatenate([mean, jnp.exp(logvar)], axis=-1)
-
-    def decode(params, latents):
-        vae = nnx.merge(graphdef, params)
-        video = jnp.clip(vae.decode(vae.denormalize(latents)), -1.0, 1.0)
-        return jnp.round((video + 1.0) * 127.5).astype(jnp.uint8)
-
-    return jax.jit(encode), jax.jit(moments), jax.jit(decode)
-
-
-def _pixels(video):
-    return video.shape[0] * video.shape[1] * video.shape[2]
-
-
 class Codec:
-    """A trained VAE with its parameters: uint8 videos <-> normalised latents."""
+    """A trained VAE with its parameters: videos <-> normalised latents, of any length and number, in bounded memory.
 
-    def __init__(self, config: VAEConfig, params):
-        self.config, self.params = config, params
-        self._encode, self._moments, self._decode = _programs(config)
+    Videos of one shape go through together. A video of more than PIXELS_A_BATCH pixels goes in chunks of as many frames
+    as make that number (at least one latent frame), each with what the chunk before left. That gives the same numbers:
+    <= 1e-5 of the largest latent; pixels, which are rounded to bytes, may differ by one level.
+
+    Args:
+        mesh: of this process's devices (`sorax.sharding`): `data` and `fsdp` split a batch of videos, `context` the
+            height of each, or its width where the height's latent rows do not divide. As exact as one device.
+        tile: frames larger than tile x tile pixels go through in tiles, blended where they overlap: an approximation,
+            for frames that no device holds. 0: never.
+        overlap: of tiles, in pixels; None for a quarter of a tile.
+
+    Raises:
+        UserError: tile or overlap is no multiple of the VAE's spatial stride; the mesh has another process's devices.
+    """
+
+    def __init__(
+        self, config: VAEConfig, params, mesh: Mesh | None = None, *, tile: int = 0, overlap: int | None = None
+    ):
+        stride = config.spatial_stride
+        overlap = tile // 4 // stride * stride if overlap is None else overlap
+        if tile < 0 or tile % stride or overlap % stride or not 0 <= overlap < max(tile, 1):
+            raise UserError(f"tiles of {tile} pixels with an overlap of {overlap}: use multiples of {stride}, the "
+                            "overlap smaller than the tile")  # fmt: skip
+        if mesh is not None and any(device.process_index != jax.process_index() for device in mesh.devices.flat):
+            raise UserError("a codec's mesh has devices of other processes: make one of jax.local_devices()")
+        self.config, self.mesh = config, mesh
+        self.params = jax.device_put(params, None if mesh is None else sharding.replicated(mesh))
+        self._tile, self._overlap = tile // stride, overlap // stride
+        # Devices that share a video; parts that a batch is split into.
+        self._together, self._parts = (1, 1) if mesh is None else (mesh.shape["context"], sharding.batch_parts(mesh))
 
     def encode(self, videos):
-        """Latents float32 `[t, h, w, C]` (posterior means, normalised) of each video uint8 `[T, H, W, 3]`."""
-        return self._by_shape(self._encode, videos, _pixels)
+        """Latents float32 `[t, h, w, C]` (posterior means, normalised) of each video.
+
+        Args:
+            videos: `[T, H, W, 3]` each, uint8 or float in [-1, 1], T = 4n + 1.
+
+        Raises:
+            UserError: a video that is not like that, says how; or one that the mesh cannot split.
+        """
+        return [stream.normalize(self.config, self.params, m) for m in self._moments(videos)]
 
     def posteriors(self, videos):
-        """Mean and variance float32 `[t, h, w, 2C]`, not normalised, of the posterior of each video."""
-        return self._by_shape(self._moments, videos, _pixels)
+        """Mean and variance float32 `[t, h, w, 2C]`, not normalised, of the posterior of each video; as `encode`."""
+        split = (np.split(moments, 2, axis=-1) for moments in self._moments(videos))
+        return [np.concatenate([mean, np.exp(logvar)], axis=-1) for mean, logvar in split]
 
     def statistics(self, videos):
         """Mean and standard deviation float32 `[C]` of each channel of latents drawn from the posteriors of videos.
@@ -79,28 +86,84 @@ class Codec:
         Of draws, not of posterior means: a channel that the VAE does not use has means near 0 and draws of variance 1,
         and to scale its means up to 1 would make the DiT learn noise.
         """
-        moments = self.posteriors(videos)
-        flat = np.concatenate([m.reshape(-1, m.shape[-1]) for m in moments]).astype(np.float64)
+        flat = np.concatenate([m.reshape(-1, m.shape[-1]) for m in self.posteriors(videos)]).astype(np.float64)
         means, variances = np.split(flat, 2, axis=1)
         deviation = np.sqrt(means.var(0) + variances.mean(0))
         return means.mean(0).astype(np.float32), deviation.astype(np.float32)
 
     def decode(self, latents):
-        """Videos uint8 `[T, H, W, 3]` of each latents `[t, h, w, C]`."""
-        grow = self.config.temporal_stride * self.config.spatial_stride**2
-        return self._by_shape(self._decode, latents, lambda z: _pixels(z) * grow)
+        """Videos uint8 `[T, H, W, 3]` of each latents `[t, h, w, C]`.
 
-    def _by_shape(self, function, items, pixels):
+        Raises:
+            UserError: latents that are not of this VAE's shape or not finite, or that the mesh cannot split.
+        """
+        latents = [np.asarray(z) for z in latents]
+        for z in latents:
+            stream.check_latents(self.config, z)
+            if not len(z):
+                raise UserError("latents without a frame: there is nothing to decode")
+        return self._all(DECODE, latents)
+
+    def _moments(self, videos):
+        videos = [np.asarray(video) for video in videos]
+        for video in videos:
+            stream.check_video(self.config, video)
+        return self._all(ENCODE, videos)
+
+    def batch_size(self, shape, most: int) -> int:
+        """How many videos `[T, H, W]` go through at a time, on all devices; on one at most `most`."""
+        return self._parts * max(1, min(most, PIXELS_A_BATCH * self._together // int(np.prod(shape))))
+
+    def start(self, way: int, batch):
+        """Starts a batch of `batch_size`: not checked, not tiled, not waited for.
+
+        Args:
+            way: ENCODE for videos `[B, T, H, W, 3]`, DECODE for normalised latents `[B, t, h, w, C]`.
+
+        Returns:
+            function without arguments that waits for the result: posteriors `[B, t, h, w, 2 C]` (means and
+            log-variances, not normalised), or videos uint8 `[B, T, H, W, 3]`.
+        """
+        T, H, W = self._video_shape(way, batch.shape[1:4])
+        t, h, w = self.config.latent_shape(T, H, W)
+        stride, fit = self.config.temporal_stride, PIXELS_A_BATCH * self._together // (H * W)
+        later = T - 1 if fit >= T else max(stride, fit // stride * stride)  # frames of a chunk, behind the first
+        later = later if way == ENCODE else later // stride
+        place = None if self.mesh is None else sharding.video_sharding(self.mesh, h, w)
+        put = np.asarray if place is None else functools.partial(jax.device_put, device=place)
+        program = stream.programs(self.config, place)[way]
+        results = stream.in_chunks(program, self.params, batch, later + 1, later, put)
+        return lambda: np.concatenate([np.asarray(x) for x in results], axis=1)[:, : t if way == ENCODE else T]
+
+    def _video_shape(self, way, shape):
+        if way == ENCODE:
+            return shape
+        ts, ss = self.config.temporal_stride, self.config.spatial_stride
+        return (shape[0] - 1) * ts + 1, shape[1] * ss, shape[2] * ss
+
+    def _all(self, way, items):
+        units = (self.config.spatial_stride, 1)[:: 1 if way == ENCODE else -1]
+        large = {i for i, x in enumerate(items) if self._tile and max(x.shape[1:3]) > self._tile * units[0]}
+        rest = iter(self._by_shape(way, [x for i, x in enumerate(items) if i not in large]))
+
+        def in_tiles(x):
+            settings = dict(tile=self._tile, overlap=self._overlap, unit_in=units[0], unit_out=units[1])
+            return stream.tiled(functools.partial(self._by_shape, way), x, **settings)
+
+        return [in_tiles(x) if i in large else next(rest) for i, x in enumerate(items)]
+
+    def _by_shape(self, way, items):
         results, groups = [None] * len(items), {}
         for i, item in enumerate(items):
-            groups.setdefault(item.shape, []).append(i)
+            groups.setdefault((item.shape, item.dtype), []).append(i)
         for members in groups.values():
-            size = max(1, min(64, PIXELS_A_BATCH // pixels(items[members[0]]), len(members)))
+            shape = self._video_shape(way, items[members[0]].shape[:3])
+            size = self.batch_size(shape, min(64, -(-len(members) // self._parts)))
             for start in range(0, len(members), size):
                 some = members[start : start + size]
                 # The last batch repeats its last item, so that a shape compiles once.
                 batch = np.stack([items[i] for i in some + [some[-1]] * (size - len(some))])
-                for i, result in zip(some, np.asarray(function(self.params, batch))):
+                for i, result in zip(some, self.start(way, batch)()):
                     results[i] = result
         return results
 
@@ -144,20 +207,6 @@ def source_identity(source, extra: str = "") -> str:
     return hashlib.sha256((survey(source).identity + extra).encode()).hexdigest()[:16]
 
 
-@functools.lru_cache(maxsize=8)
-def _posterior_program(config: VAEConfig, mesh: Mesh):
-    """Compiled (params, video uint8 [B, T, H, W, 3]) -> bits of bfloat16 [2, B, t, h, w, C]: mean and log-variance."""
-    graphdef, _ = functional.abstract(VAE, config)
-
-    def posterior(params, video):
-        mean, logvar = nnx.merge(graphdef, params).encode(video.astype(jnp.float32) / 127.5 - 1.0)
-        return jax.lax.bitcast_convert_type(jnp.stack([mean, logvar]).astype(jnp.bfloat16), jnp.uint16)
-
-    split = NamedSharding(mesh, PartitionSpec("data"))
-    out = NamedSharding(mesh, PartitionSpec(None, "data"))
-    return jax.jit(posterior, in_shardings=(NamedSharding(mesh, PartitionSpec()), split), out_shardings=out)
-
-
 def encode_source(
     codec: Codec,
     source,
@@ -179,6 +228,7 @@ def encode_source(
     The shards do not depend on their number. What was stopped goes on with the first shard that is not finished.
 
     Args:
+        codec: without a mesh it uses all devices of this process; its tiles are not used.
         vae_identity: of the codec's VAE.
         found: `survey(source)`, if there is one already.
         num_shards: 0 for as many as keep each within `latent_writer.SHARD_BYTES`.
@@ -233,18 +283,13 @@ def _write_shards(codec, source, tokenizer, writer, shapes, workers, title):
         return
     ahead = max(1, min(64, READ_AHEAD_BYTES // (3 * int(shapes.astype(np.int64).prod(1).max()))))
     reader = read_ahead(source, np.concatenate(orders), ahead=ahead, num_workers=workers)
-    mesh = Mesh(np.array(jax.local_devices()), ("data",))
-    params = jax.device_put(codec.params, NamedSharding(mesh, PartitionSpec()))
-    split, compiled = NamedSharding(mesh, PartitionSpec("data")), _posterior_program(codec.config, mesh)
-
-    def program(videos):
-        return compiled(params, jax.device_put(videos, split))
-
+    if codec.mesh is None:
+        codec = Codec(codec.config, codec.params, sharding.local_mesh())
     with contextlib.closing(reader) as samples, Progress(title, total, unit="samples") as progress:
         done = 0
         for shard, order in zip(shards, orders):
             records = {}
-            for batch in _posteriors(program, mesh.size, zip(order.tolist(), samples)):
+            for batch in _posteriors(codec, zip(order.tolist(), samples)):
                 for i, sample, (mean, logvar) in batch:
                     key, caption = sample["key"], sample["caption"]
                     T, H, W, _ = sample["video_shape"]
@@ -258,7 +303,7 @@ def _write_shards(codec, source, tokenizer, writer, shapes, workers, title):
             writer.write(shard, (records.pop(i) for i in sorted(records)))
 
 
-def _posteriors(program, devices, samples):
+def _posteriors(codec, samples):
     """Lists of (index, sample without its video, bits uint16 [2, t, h, w, C]), a batch each, of (index, sample)s.
 
     The next batch is read while the devices are busy with one.
@@ -268,11 +313,12 @@ def _posteriors(program, devices, samples):
         run = iter(run)
         while some := list(itertools.islice(run, 1)):
             shape = some[0][1]["video"].shape
-            size = devices * max(1, min(CLIPS_A_BATCH, PIXELS_A_BATCH // int(np.prod(shape[:3]))))
+            size = codec.batch_size(shape[:3], CLIPS_A_BATCH)
             some += itertools.islice(run, size - 1)
             videos = [sample.pop("video") for _, sample in some]
             # The last batch repeats its last clip: a shape has one size of batch, and so one program.
-            waiting.append((some, program(np.stack(videos + videos[-1:] * (size - len(videos))))))
+            batch = np.stack(videos + videos[-1:] * (size - len(videos)))
+            waiting.append((some, codec.start(ENCODE, batch)))
             for _, sample in some:
                 sample["video_shape"] = shape
             if len(waiting) > 1:
@@ -281,8 +327,8 @@ def _posteriors(program, devices, samples):
         yield _fetch(*waiting.popleft())
 
 
-def _fetch(some, bits):
-    bits = np.asarray(bits)  # [2, B, t, h, w, C]
+def _fetch(some, result):
+    bits = np.stack(np.split(result(), 2, axis=-1)).astype(ml_dtypes.bfloat16).view(np.uint16)  # [2, B, t, h, w, C]
     return [(i, sample, bits[:, b].copy()) for b, (i, sample) in enumerate(some)]  # not all B for the sake of one
 
 

@@ -8,7 +8,7 @@ and the statistics of the latents. A report folder holds
     reconstructions.png    some clips beside their copies
     reconstructions/*.mp4  the same in motion, input left, copy right (.png for single frames)
 
-One batch of clips is in memory at a time; a clip that is larger than a batch goes through as a stream.
+One batch of clips is in memory at a time; a clip that is larger than a batch goes through in chunks.
 
 Legend: T frames, H height, W width, C channels; lower case t, h, w for latents.
 """
@@ -35,7 +35,7 @@ from sorax.objectives import DataConfig, EvalConfig
 from sorax.runlog import Progress, reporter
 from sorax.runs import kind_of, open_vae
 from sorax.score_report import header, make_folder, number, write_scores, writing
-from sorax.stream import CHUNK, DecodeStream, EncodeStream
+from sorax.stream import normalize
 
 SHOWN = 12  # clips on the contact sheet, and files of them
 FRAMES_SHOWN = 3  # of each, on the contact sheet
@@ -246,34 +246,10 @@ def _batches(split):
 def copy_videos(codec, videos, size):
     """Copies uint8 and posteriors (mean, variance) float32 `[t, h, w, 2C]` of videos uint8 of one shape.
 
-    They go through in one batch of `size`, which is at least their number; those over PIXELS_A_BATCH one after the
-    other in chunks, with memory that does not grow with their length.
+    They go through in one batch of `size`, which is at least their number.
     """
-    if math.prod(videos[0].shape[:3]) > PIXELS_A_BATCH:
-        return zip(*(_copy_in_chunks(codec, video) for video in videos))
     posteriors = codec.posteriors(videos + videos[-1:] * (size - len(videos)))  # full, so that a shape compiles once
-    return codec.decode([_normalised_mean(codec, x) for x in posteriors]), posteriors
-
-
-def _copy_in_chunks(codec, video):
-    stride = codec.config.temporal_stride
-    chunk = max(stride, min(CHUNK, PIXELS_A_BATCH // math.prod(video.shape[1:3])) // stride * stride)
-    encoder = EncodeStream(codec.config, codec.params, chunk, posterior=True)
-    decoder = DecodeStream(codec.config, codec.params, chunk)
-    posteriors, frames = [], []
-    for start in range(0, len(video), chunk):
-        for posterior in encoder.push(video[start : start + chunk]):
-            posteriors.append(posterior)
-            frames += decoder.push(_normalised_mean(codec, posterior))
-    for posterior in encoder.finish():
-        posteriors.append(posterior)
-        frames += decoder.push(_normalised_mean(codec, posterior))
-    return np.concatenate(frames + decoder.finish()), np.concatenate(posteriors)
-
-
-def _normalised_mean(codec, posterior):
-    mean = posterior[..., : codec.config.latent_channels]
-    return (mean - np.asarray(codec.params["latents_mean"])) / np.asarray(codec.params["latents_std"])
+    return codec.decode([normalize(codec.config, codec.params, x) for x in posteriors]), posteriors
 
 
 def _remove_videos(out):

@@ -1,7 +1,8 @@
 """The mesh, and the one table from parameter paths to how they are split over it.
 
 Axes: `data` replicates parameters and splits the batch, `fsdp` splits both (ZeRO-3), `tensor` splits widths
-(Megatron), `context` splits the tokens of a row. The compiler inserts the communication.
+(Megatron), `context` splits the tokens of a row and, in the VAE, the height (or width) of videos. The compiler inserts
+the communication.
 """
 
 import math
@@ -46,6 +47,12 @@ def make_mesh(data: int = -1, fsdp: int = 1, context: int = 1, tensor: int = 1) 
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def local_mesh() -> Mesh:
+    """Mesh of this process's own devices, all of them on `data`."""
+    devices = np.array(jax.local_devices()).reshape(-1, 1, 1, 1)
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
 def path_string(path) -> str:
     """`encoder/blocks/0/conv1/kernel` of a pytree key path."""
     return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
@@ -70,6 +77,33 @@ def shardings_for(tree, mesh: Mesh):
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of a batch are split over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """How many parts a batch is split into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def video_sharding(mesh: Mesh, rows: int, columns: int, whole_batch: bool = False) -> NamedSharding:
+    """How videos and latents `[B, T, H, W, C]`, and all activations between them, are split.
+
+    B over data and fsdp; over context the height or, where its rows of latents do not divide, the width. Nothing is
+    padded: every device holds whole latent pixels, and neighbours exchange the edges that a convolution reads.
+
+    Args:
+        rows, columns: of the latents.
+        whole_batch: do not split B (one video).
+
+    Raises:
+        UserError: neither rows nor columns divide.
+    """
+    batch, parts = None if whole_batch else ("data", "fsdp"), mesh.shape["context"]
+    if rows % parts == 0:
+        return NamedSharding(mesh, PartitionSpec(batch, None, "context" if parts > 1 else None))
+    if columns % parts == 0:
+        return NamedSharding(mesh, PartitionSpec(batch, None, None, "context"))
+    raise UserError(f"latents of {rows} x {columns} (h x w) cannot be split over {parts} devices: set "
+                    "config.mesh.context to a number that divides one of them, or crop the video")  # fmt: skip
 
 
 def put_batch(batch, mesh: Mesh):

@@ -1,46 +1,110 @@
-"""Videos of any length through the VAE in pieces, with memory that does not grow; frames of any size in tiles.
+"""Videos of any length through the VAE in chunks, with memory that does not grow; frames of any size in tiles.
 
 A stream gives the numbers of the whole clip (`sorax.vae.VAE.encode_chunk`). Tiles are an approximation: each sees its
 own pixels only, and where tiles overlap their results are blended.
 
-Legend: T frames, H height, W width, C channels; lower case t, h, w for latents.
+Legend: B batch, T frames, H height, W width, C channels; lower case t, h, w for latents.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
 from sorax import functional
 from sorax.errors import UserError
+from sorax.sharding import replicated, video_sharding
 from sorax.vae import VAE, VAEConfig
 
 CHUNK = 16  # frames that go through at a time, in the first chunk one more
+BLEND_FRAMES = 16  # that are blended at a time, in float32
 
 
-@functools.lru_cache(maxsize=8)
-def _programs(config: VAEConfig):
-    """Compiled functions of a chunk, shared by all streams of a VAE of this size."""
+@functools.lru_cache(maxsize=16)
+def programs(config: VAEConfig, place: NamedSharding | None = None):
+    """Compiled (encode, decode) of a chunk, shared by all that hold parameters of this size.
+
+    encode(params, video, frames, last): video `[B, T, H, W, 3]`, uint8 or float in [-1, 1] -> posteriors
+    `[B, t, h, w, 2 C]` (means, then log-variances, not normalised) and what the next chunk needs (`frames`, None before
+    the first chunk). decode(params, latents, frames, last): normalised latents -> uint8 video, and the same.
+    Nothing is kept for a next chunk after the `last`: a whole clip is a first chunk that is the last.
+    It is computed in the dtype of the parameters.
+    """
     graphdef, _ = functional.abstract(VAE, config)
 
-    def encode(params, video, frames):
-        vae = nnx.merge(graphdef, params)
-        mean, _, frames = vae.encode_chunk(video.astype(jnp.float32) / 127.5 - 1.0, frames)
-        return vae.normalize(mean), frames
+    def dtype(params):
+        return params["encoder"]["conv_in"]["kernel"].dtype
 
-    def decode(params, latents, frames):
-        vae = nnx.merge(graphdef, params)
-        video, frames = vae.decode_chunk(vae.denormalize(latents), frames)
-        return jnp.round((jnp.clip(video, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8), frames
+    def encode(params, video, frames, last):
+        if video.dtype == jnp.uint8:
+            video = video.astype(jnp.float32) / 127.5 - 1.0
+        mean, logvar, frames = nnx.merge(graphdef, params).encode_chunk(video.astype(dtype(params)), frames)
+        return jnp.concatenate([mean, logvar], axis=-1).astype(jnp.float32), None if last else frames
 
-    def posterior(params, video, frames):
+    def decode(params, latents, frames, last):
         vae = nnx.merge(graphdef, params)
-        mean, logvar, frames = vae.encode_chunk(video.astype(jnp.float32) / 127.5 - 1.0, frames)
-        return jnp.concatenate([mean, jnp.exp(logvar)], axis=-1), frames
+        video, frames = vae.decode_chunk(vae.denormalize(latents).astype(dtype(params)), frames)
+        video = video.astype(jnp.float32)
+        return jnp.round((jnp.clip(video, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8), None if last else frames
 
-    return tuple(jax.jit(f, donate_argnums=2) for f in (encode, decode, posterior))
+    options = dict(static_argnums=3, donate_argnums=2, out_shardings=place)
+    return jax.jit(encode, **options), jax.jit(decode, **options)
+
+
+def normalize(config: VAEConfig, params, moments):
+    """Normalised latents `[..., C]` of posteriors `[..., 2 C]`, in numpy: their means."""
+    mean, std = (np.asarray(params[name], np.float32) for name in ("latents_mean", "latents_std"))
+    return (moments[..., : config.latent_channels] - mean) / std
+
+
+def check_frames(config: VAEConfig, video):
+    """Raises UserError unless video `[T, H, W, 3]` is uint8, or float in [-1, 1], and fits the VAE's grid in space."""
+    shape, dtype = video.shape, video.dtype
+    if len(shape) != 4 or shape[-1] != 3:
+        found = [axis for axis, size in enumerate(shape) if size == 3]
+        hint = f"move axis {found[0]} to the end" if found and len(shape) == 4 else "one video, channels last"
+        raise UserError(f"a video is [T, H, W, 3], this one is {list(shape)}: {hint}")
+    if dtype != np.uint8:
+        if not jnp.issubdtype(dtype, jnp.floating):  # numpy does not count bfloat16
+            raise UserError(f"a video holds uint8 (0 to 255) or floats in [-1, 1], this one {dtype}: "
+                            "convert it with .astype('uint8')")  # fmt: skip
+        _check_values(video, "a video")
+        if shape[0] and (most := float(np.abs(video).max())) > 1.001:  # a resampling filter may overshoot
+            hint = "pass uint8, or divide by 127.5 and subtract 1" if most > 2 else "clip them"
+            raise UserError(f"a video of floats holds values in [-1, 1], this one up to {most:.4g}: {hint}")
+    try:
+        config.latent_shape(1, *shape[1:3])
+    except ValueError as error:
+        raise UserError(f"{error}: crop or scale it") from error
+
+
+def check_video(config: VAEConfig, video):
+    """`check_frames` of a whole video: also raises UserError unless it has 4n + 1 frames."""
+    check_frames(config, video)
+    stride, frames = config.temporal_stride, len(video)
+    if frames < 1 or (frames - 1) % stride:
+        near = f"cut it to {frames - (frames - 1) % stride}" if frames else "there is nothing in it"
+        raise UserError(f"the VAE takes {stride}n + 1 frames, got {frames}: {near}")
+
+
+def check_latents(config: VAEConfig, latents):
+    """Raises UserError unless latents are finite floats `[t, h, w, C]` with the VAE's C."""
+    shape, dtype, channels = latents.shape, latents.dtype, config.latent_channels
+    if len(shape) != 4 or shape[-1] != channels or 0 in shape[1:]:
+        raise UserError(f"latents of this VAE are [t, h, w, {channels}] (channels last), these are {list(shape)}")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise UserError(f"latents are floats, these are {dtype}: pass what encoding returned")
+    _check_values(latents, "latents")
+
+
+def _check_values(array, what):
+    bad = array.size - np.count_nonzero(np.isfinite(np.asarray(array)))
+    if bad:
+        raise UserError(f"{what}: {bad} of {array.size} values are NaN or infinite: look at where they were made")
 
 
 class _Stream:
@@ -50,13 +114,26 @@ class _Stream:
     the last frame, which nothing before them sees.
     """
 
-    def __init__(self, program, params, first: int, later: int):
-        self._program, self._params = program, params
-        self._first, self._later = first, later
-        self._frames, self._waiting = None, []
+    def __init__(self, config, params, chunk, mesh):
+        stride = config.temporal_stride
+        if chunk < stride or chunk % stride:
+            raise UserError(f"a stream's chunk of {chunk} frames: use a multiple of the temporal stride {stride}")
+        self._config, self._mesh, self._stride = config, mesh, stride
+        self._params = jax.device_put(params, None if mesh is None else replicated(mesh))
+        self._frames, self._waiting, self._shape = None, [], None
 
     def push(self, items):
-        """Takes the next items `[n, ...]`, n >= 0; returns what is final now, a list of arrays `[k, ...]`."""
+        """Takes the next items `[n, ...]`, n >= 0; returns what is final now, a list of arrays `[k, ...]`.
+
+        Raises:
+            UserError: they are not what the VAE takes, or of another shape or dtype than those before.
+        """
+        items = np.asarray(items)
+        self._check(items)
+        shape = items.shape[1:], items.dtype
+        self._shape = self._shape or shape
+        if shape != self._shape:
+            raise UserError(f"a stream began with frames of {self._shape}, now {shape}: start another stream for them")
         self._waiting += list(items)
         out = []
         while len(self._waiting) >= self._size():
@@ -69,63 +146,106 @@ class _Stream:
         return self._first if self._frames is None else self._later
 
     def _run(self, items):
-        result, self._frames = self._program(self._params, np.stack(items)[None], self._frames)
-        return np.asarray(result)[0]
+        items, place = np.stack(items)[None], None
+        if self._mesh is not None:
+            place = video_sharding(self._mesh, *self._latent_size(*items.shape[2:4]), whole_batch=True)
+            items = jax.device_put(items, place)
+        program = programs(self._config, place)[self._which]
+        result, self._frames = program(self._params, items, self._frames, False)
+        return self._finished(np.asarray(result)[0])
+
+    def _run_rest(self):
+        full = self._waiting + [self._waiting[-1]] * (self._size() - len(self._waiting))
+        self._waiting = []
+        return self._run(full)
 
 
 class EncodeStream(_Stream):
-    """uint8 frames of one video -> normalised latents, as they become final.
+    """Frames of one video -> normalised latents, as they become final.
 
         stream = EncodeStream(config, params)
-        for frames in pieces:                # uint8 [n, H, W, 3], any n
+        for frames in pieces:                # uint8 [n, H, W, 3] (or float in [-1, 1]), any n
             latents += stream.push(frames)   # float32 [t, h, w, C] each
         latents += stream.finish()
 
     Args:
         chunk: frames that go through at a time, a multiple of the temporal stride: memory grows with it.
-        posterior: give mean and variance float32 [t, h, w, 2C], not normalised, in place of latents.
+        mesh: of devices that share the work, as `sorax.sharding.video_sharding` says.
     """
 
-    def __init__(self, config: VAEConfig, params, chunk: int = CHUNK, *, posterior: bool = False):
-        stride = config.temporal_stride
-        if chunk < stride or chunk % stride:
-            raise UserError(f"a stream's chunk of {chunk} frames: use a multiple of the temporal stride {stride}")
-        super().__init__(_programs(config)[2 if posterior else 0], params, chunk + 1, chunk)
-        self._stride = stride
+    _which = 0
+
+    def __init__(self, config: VAEConfig, params, chunk: int = CHUNK, mesh: Mesh | None = None):
+        super().__init__(config, params, chunk, mesh)
+        self._first, self._later = chunk + 1, chunk
+        self._mean, self._std = (np.asarray(params[name]) for name in ("latents_mean", "latents_std"))
 
     def finish(self):
         """The latents of the frames that still wait. Raises UserError unless the video had 4n + 1 frames."""
-        count = len(self._waiting)
-        latents = count // self._stride if self._frames is not None else 1 + (count - 1) // self._stride
-        if (count - (self._frames is None)) % self._stride:
-            raise UserError(f"a video of {self._stride}n + 1 frames was expected, {count % self._stride} are left: "
-                            "cut or repeat frames at the end")  # fmt: skip
+        count, first = len(self._waiting), self._frames is None
         if not count:
             return []
-        full = self._waiting + [self._waiting[-1]] * (self._size() - count)
-        self._waiting = []
-        return [self._run(full)[:latents]]
+        over = (count - first) % self._stride
+        if over:
+            raise UserError(f"a video of {self._stride}n + 1 frames was expected, {over} were left over: "
+                            "cut or repeat frames at the end")  # fmt: skip
+        return [self._run_rest()[: first + (count - first) // self._stride]]
+
+    def _check(self, items):
+        check_frames(self._config, items)
+
+    def _latent_size(self, height, width):
+        return self._config.latent_shape(1, height, width)[1:]
+
+    def _finished(self, moments):
+        return normalize(self._config, dict(latents_mean=self._mean, latents_std=self._std), moments)
 
 
 class DecodeStream(_Stream):
     """Normalised latents of one video -> uint8 frames, as they become final; used like `EncodeStream`."""
 
-    def __init__(self, config: VAEConfig, params, chunk: int = CHUNK):
-        stride = config.temporal_stride
-        if chunk < stride or chunk % stride:
-            raise UserError(f"a stream's chunk of {chunk} frames: use a multiple of the temporal stride {stride}")
-        super().__init__(_programs(config)[1], params, chunk // stride + 1, chunk // stride)
-        self._stride = stride
+    _which = 1
+
+    def __init__(self, config: VAEConfig, params, chunk: int = CHUNK, mesh: Mesh | None = None):
+        super().__init__(config, params, chunk, mesh)
+        self._first, self._later = chunk // self._stride + 1, chunk // self._stride
 
     def finish(self):
         """The frames of the latents that still wait."""
-        count = len(self._waiting)
+        count, first = len(self._waiting), self._frames is None
         if not count:
             return []
-        frames = count * self._stride - (self._stride - 1 if self._frames is None else 0)
-        full = self._waiting + [self._waiting[-1]] * (self._size() - count)
-        self._waiting = []
-        return [self._run(full)[:frames]]
+        return [self._run_rest()[: count * self._stride - first * (self._stride - 1)]]
+
+    def _check(self, items):
+        check_latents(self._config, items)
+
+    def _latent_size(self, height, width):
+        return height, width
+
+    def _finished(self, video):
+        return video
+
+
+def in_chunks(program, params, items, first: int, later: int, put=np.asarray) -> list:
+    """Results `[B, k, ...]` of items `[B, n, ...]` that are all there: whole if n <= first, else chunk by chunk.
+
+    The last chunk is filled up with copies of the last item: the results together may be longer than asked for.
+
+    Args:
+        program: of `programs`; put: array -> what is passed to it, on the devices that are to run it.
+    """
+    n = items.shape[1]
+    if n <= first:
+        return [program(params, put(items), None, True)[0]]
+    bounds = [0, *range(first, n, later), n]
+    results, frames = [], None
+    for start, end in itertools.pairwise(bounds):
+        chunk, size = items[:, start:end], later if start else first
+        chunk = np.concatenate([chunk, np.repeat(chunk[:, -1:], size - (end - start), axis=1)], axis=1)
+        result, frames = program(params, put(chunk), frames, False)
+        results.append(result)
+    return results
 
 
 def tiles(length: int, tile: int, overlap: int) -> list[int]:
@@ -142,37 +262,50 @@ def tiles(length: int, tile: int, overlap: int) -> list[int]:
     return [round(i * (length - tile) / (count - 1)) for i in range(count)]
 
 
-def tiled(function, x, *, tile: int, overlap: int, scale: float):
-    """function(x) from overlapping spatial tiles, their results blended linearly.
+def tiled(function, x, *, tile: int, overlap: int, unit_in: int, unit_out: int):
+    """What function makes of x, from overlapping spatial tiles whose results are blended linearly.
 
     Args:
-        function: `[T, H, W, C]` -> `[T', scale H, scale W, C']`, on tiles of one size.
-        x: numpy `[T, H, W, C]`; tile, overlap: in its pixels; scale: of the result's sides (1/8 or 8 for Wan's VAE).
+        function: list of tiles `[T, H, W, C]` of one shape -> list of results `[T', H', W', C']`.
+        x: numpy `[T, H, W, C]`.
+        tile, overlap: in latent pixels, which are unit_in pixels of x and unit_out of the result (8 and 1 to encode
+            with Wan's VAE, 1 and 8 to decode).
+
+    Returns:
+        the result, of the dtype of the results.
     """
-    H, W = x.shape[1:3]
-    height, width = min(tile, H), min(tile, W)
-    out = weights = None
-    for top in tiles(H, tile, overlap):
-        for left in tiles(W, tile, overlap):
-            part = np.asarray(function(x[:, top : top + height, left : left + width]), np.float32)
-            if out is None:
-                out = np.zeros((part.shape[0], round(H * scale), round(W * scale), part.shape[-1]), np.float32)
-                weights = np.zeros((*out.shape[1:3], 1), np.float32)
-            rows, columns = part.shape[1:3]
-            y, z = round(top * scale), round(left * scale)
-            ramp = _ramp(rows, round(overlap * scale), top > 0, top + height < H)[:, None, None]
-            ramp = ramp * _ramp(columns, round(overlap * scale), left > 0, left + width < W)[None, :, None]
-            out[:, y : y + rows, z : z + columns] += ramp * part
-            weights[y : y + rows, z : z + columns] += ramp
-    return out / weights
+    rows, columns = (side // unit_in for side in x.shape[1:3])
+    height, width = min(tile, rows), min(tile, columns)
+    tops, lefts = tiles(rows, tile, overlap), tiles(columns, tile, overlap)
+    places = list(itertools.product(range(len(tops)), range(len(lefts))))
+
+    def window(array, top, left, unit):
+        return array[:, top * unit : (top + height) * unit, left * unit : (left + width) * unit]
+
+    parts = function([window(x, tops[i], lefts[j], unit_in) for i, j in places])
+    down, across = (_weights(*sides, unit_out) for sides in ((rows, height, tops), (columns, width, lefts)))
+    T, _, _, channels = parts[0].shape
+    out = np.empty((T, rows * unit_out, columns * unit_out, channels), parts[0].dtype)
+    for start in range(0, T, BLEND_FRAMES):
+        some = slice(start, start + BLEND_FRAMES)
+        total = np.zeros(out[some].shape, np.float32)
+        for part, (i, j) in zip(parts, places):
+            weight = (down[i][:, None] * across[j])[..., None]
+            window(total, tops[i], lefts[j], unit_out)[...] += weight * part[some]
+        out[some] = np.rint(total) if out.dtype == np.uint8 else total
+    return out
 
 
-def _ramp(length: int, overlap: int, before: bool, after: bool):
-    """Weights that rise over an overlap at a side where another tile lies."""
-    ramp = np.ones(length, np.float32)
-    slope = (np.arange(min(overlap, length)) + 0.5) / max(overlap, 1)
-    if before:
-        ramp[: len(slope)] *= slope
-    if after:
-        ramp[length - len(slope) :] *= slope[::-1]
-    return ramp
+def _weights(length: int, size: int, starts, unit: int):
+    """Weights float32 `[size * unit]` of each tile along a side: they rise where tiles overlap, and add up to 1."""
+    ramps, total = [], np.zeros(length * unit)
+    for k, start in enumerate(starts):
+        x = np.arange(size * unit) + 0.5
+        ramp = np.ones(size * unit)
+        if k:
+            ramp = np.minimum(ramp, x / ((starts[k - 1] + size - start) * unit or 1))
+        if k + 1 < len(starts):
+            ramp = np.minimum(ramp, x[::-1] / ((start + size - starts[k + 1]) * unit or 1))
+        total[start * unit : (start + size) * unit] += ramp
+        ramps.append(ramp)
+    return [(r / total[s * unit : (s + size) * unit]).astype(np.float32) for r, s in zip(ramps, starts)]

@@ -16,6 +16,8 @@ from flax import nnx
 
 from sorax.conv import Conv, Past, conv_causal, conv_space
 
+SCORES_AT_ONCE = 1 << 28  # of attention, a gigabyte in float32; more are made a frame at a time
+
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
@@ -120,11 +122,23 @@ class FrameAttention(nnx.Module):
         self.proj = Conv(width, width, (1, 1, 1), rngs, std_scale=0.1)
 
     def __call__(self, x):
-        B, T, H, W, C = x.shape
-        qkv = einops.rearrange(self.qkv(self.norm(x)), "b t h w c -> (b t) (h w) 1 c")
-        q, k, v = jnp.split(qkv, 3, axis=-1)
-        out = jax.nn.dot_product_attention(q, k, v)
-        return x + self.proj(out.reshape(B, T, H, W, C))
+        qkv = self.qkv(self.norm(x))
+        B, T, H, W, _ = qkv.shape
+        if B * T * (H * W) ** 2 <= SCORES_AT_ONCE:
+            return x + self.proj(attend(*jnp.split(qkv, 3, axis=-1)))
+        frames = einops.rearrange(qkv, "b t h w c -> t b 1 h w c")
+        out = jax.lax.map(lambda frame: attend(*jnp.split(frame, 3, axis=-1)), frames)
+        return x + self.proj(einops.rearrange(out, "t b 1 h w c -> b t h w c"))
+
+
+def attend(q, k, v):
+    """Attention of each place of a frame to all of them; `[B, T, H, W, C]` all.
+
+    The places of queries stay rows and columns: where either is split over devices, so are the scores.
+    """
+    k, v = (einops.rearrange(x, "b t h w c -> b t (h w) c") for x in (k, v))
+    scores = jnp.einsum("bthwc,btkc->bthwk", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+    return jnp.einsum("bthwk,btkc->bthwc", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
 
 
 class Middle(nnx.Module):

@@ -33,6 +33,16 @@ def tiny_config(*overrides):
     return load_config(str(QUICKSTART), TINY + overrides)
 
 
+@pytest.fixture(scope="module")
+def quick_compiler():
+    """For tests whose time is XLA's: programs compile faster and run slower, to the same numbers."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
     """Folder of a finished run of `tiny_config()`, its VAE's in `vae`. Shared by all tests: copy it to change it."""

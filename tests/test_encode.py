@@ -29,6 +29,8 @@ from sorax.errors import UserError
 from sorax.evaluate import load_splits
 from sorax.objectives import complete
 from sorax.runs import load_run, load_vae
+from sorax.sharding import local_mesh, video_sharding
+from sorax.stream import programs
 from sorax.vae import VAE, VAEConfig
 
 CONFIG = VAEConfig(base_width=4, width_multipliers=(1, 2), num_res_blocks=1, latent_channels=3,
@@ -109,11 +111,17 @@ def test_shards_hold_the_latents_captions_and_shapes_of_the_source(shards):
 
 
 def test_every_shape_is_compiled_once_for_all_data_sets(shards, tmp_path):
-    misses = encode._posterior_program.cache_info().misses
+    program = programs(CONFIG, video_sharding(local_mesh(), 4, 4))[encode.ENCODE]
+    size = program._cache_size()  # `shards` has been encoded before
     encoded(tmp_path / "a", world(3), num_shards=1)
-    assert encode._posterior_program.cache_info().misses == misses  # `shards` has been encoded before
-    mesh = jax.sharding.Mesh(np.array(jax.local_devices()), ("data",))
-    assert encode._posterior_program(CONFIG, mesh)._cache_size() == len(set(SHAPES))
+    assert program._cache_size() == size == len(set(SHAPES))
+
+
+def test_samples_too_long_for_a_batch_are_encoded_in_chunks(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(encode, "PIXELS_A_BATCH", 8 * 8 * 3)
+    encoded(tmp_path / "a", world(3), num_shards=1)
+    for whole, chunked in zip(LatentShards(shards), LatentShards(tmp_path / "a")):
+        np.testing.assert_allclose(chunked["latents"], whole["latents"], atol=2.0**-7 * np.abs(whole["latents"]).max())
 
 
 class Failing:

@@ -29,7 +29,6 @@ from sorax.evaluate_vae import (
 from sorax.lpips import LPIPS, tensor_shapes
 from sorax.metrics import flicker
 from sorax.runs import kind_of, load_run, open_vae, open_vae_config
-from sorax.stream import EncodeStream
 from sorax.vae import VAE, VAEConfig
 
 TINY = VAEConfig(base_width=4, width_multipliers=(1, 2), num_res_blocks=1, latent_channels=4,
@@ -156,19 +155,6 @@ def test_an_older_report_leaves_no_video(folder, clips, tmp_path):
         (tmp_path / "reconstructions" / name).write_text("x")
     evaluate_vae(folder, str(tmp_path), data=clips, num_clips=1)
     assert {path.name for path in (tmp_path / "reconstructions").iterdir()} == {"mine.mp4", "folder-000.png"}
-
-
-def test_a_clip_larger_than_a_batch_goes_through_as_a_stream_with_the_same_result(params, monkeypatch):
-    video = np.random.default_rng(0).integers(0, 256, (9, 32, 48, 3), dtype=np.uint8)
-    codec = Codec(TINY, jax.device_put(params))
-    (copy,), (posterior,) = copy_videos(codec, [video], 1)
-    monkeypatch.setattr("sorax.evaluate_vae.PIXELS_A_BATCH", 5 * 32 * 48)
-    chunks = []
-    monkeypatch.setattr("sorax.evaluate_vae.EncodeStream",
-                        lambda *args, **kwargs: chunks.append(args[2]) or EncodeStream(*args, **kwargs))  # fmt: skip
-    (streamed,), (streamed_posterior,) = copy_videos(codec, [video], 1)
-    np.testing.assert_allclose(streamed_posterior, posterior, rtol=1e-4, atol=1e-5)
-    assert chunks == [4] and np.abs(streamed.astype(int) - copy).max() <= 1
 
 
 def test_settings_of_the_data_can_be_overridden(folder, clips, tmp_path):

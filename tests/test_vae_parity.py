@@ -12,6 +12,7 @@ from random_params import assert_close
 from safetensors.numpy import save_file
 
 from sorax import convert, export
+from sorax.errors import UserError
 from sorax.functional import abstract, count
 from sorax.vae import VAE, VAEConfig
 
@@ -46,19 +47,35 @@ def write_folder(folder, config):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_vae_equals_the_reference_in_both_generations(tmp_path, name):
+def test_vae_equals_the_reference_in_both_generations(tmp_path, quick_compiler, name):
+    """The longest clip whole, the others in chunks of a latent frame: two programs do for all their lengths."""
     write_folder(tmp_path / "vae", CONFIGS[name])
     config, params = convert.read_vae(tmp_path / "vae")
     graphdef, _ = abstract(VAE, config)
 
     @jax.jit
-    def both(params, video, z):
+    def whole(params, video, z):
         vae = nnx.merge(graphdef, params)
         return (*vae.encode(video), vae.decode(z))
 
+    @jax.jit
+    def chunk(params, video, z, video_frames, z_frames):
+        vae = nnx.merge(graphdef, params)
+        mean, logvar, video_frames = vae.encode_chunk(video, video_frames)
+        decoded, z_frames = vae.decode_chunk(z, z_frames)
+        return (mean, logvar, decoded), (video_frames, z_frames)
+
+    def in_chunks(params, video, z):
+        """Chunk k has the 4 frames (at first: 1) of latent k."""
+        results, frames = [], (None, None)
+        for k in range(z.shape[1]):
+            result, frames = chunk(params, video[:, max(0, 4 * k - 3) : 4 * k + 1], z[:, k : k + 1], *frames)
+            results.append(result)
+        return [np.concatenate(parts, axis=1) for parts in zip(*results)]
+
     for frames in FRAMES:
-        video, z = inputs(name, CONFIGS[name], frames)
-        mean, logvar, decoded = both(params, np.moveaxis(video, 1, -1), np.moveaxis(z, 1, -1))
+        video, z = (np.moveaxis(x, 1, -1) for x in inputs(name, CONFIGS[name], frames))
+        mean, logvar, decoded = (whole if frames == max(FRAMES) else in_chunks)(params, video, z)
         ours = dict(mean=mean, logvar=logvar, decoded=np.clip(decoded, -1, 1))  # theirs clips
         for what, value in ours.items():
             assert_close(to_theirs(value), REFERENCE[f"{name}/{frames}/{what}"], TOLERANCE)
@@ -77,6 +94,19 @@ def test_what_is_read_is_written_back_bit_for_bit(tmp_path, name):
     assert {k: there[k] for k in wanted} == wanted
     for key, value in STATS.items():
         assert there[key] == value
+
+
+def test_tensors_that_are_missing_extra_or_misshapen_are_all_listed(tmp_path):
+    folder = tmp_path / "vae"
+    tensors = write_folder(folder, CONFIGS["second_early"])
+    del tensors["encoder.conv_in.bias"]
+    tensors |= {"strange": np.ones(1, np.float32), "quant_conv.bias": np.ones(3, np.float32)}
+    save_file(tensors, folder / f"{convert.WEIGHTS}.safetensors")
+    with pytest.raises(UserError) as caught:
+        convert.read_vae(folder)
+    for part in ("lacks 1 tensor(s): encoder.conv_in.bias", "unexpected 1 tensor(s): strange",
+                 "1 tensor(s) of another shape: quant_conv.bias has shape (3,), the config asks for (8,)"):  # fmt: skip
+        assert part in str(caught.value)
 
 
 def export_tensors(config, params):
