@@ -21,7 +21,6 @@ from sorax.evaluate import evaluate_folder
 from sorax.evaluate_vae import (
     LatentStatistics,
     clip_scores,
-    copy_videos,
     evaluate_vae,
     frame_distance,
     mean_scores,
