@@ -96,7 +96,7 @@ def test_off_grid_sizes_are_rounded_and_said(capsys, tiny_run, tmp_path):
 
 
 def test_a_run_that_made_nothing_may_start_again_with_another_config(capsys, tmp_path):
-    argv = ["train", "--config", CLIPS, "--workdir", str(tmp_path / "w")]
+    argv = ["train", "--config", CLIPS, "--workdir", str(tmp_path / "w"), "--config.data.batch=8"]
     assert "no folder" in fails(capsys, *argv, f"--config.data.path={tmp_path / 'none'}")
     line = fails(capsys, *argv, f"--config.data.path={tmp_path}")
     assert "no videos" in line  # and not that the run has another config
