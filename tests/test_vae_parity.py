@@ -48,7 +48,7 @@ def write_folder(folder, config):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_vae_equals_the_reference_in_both_generations(tmp_path, quick_compiler, name):
-    """The longest clip whole, the others in chunks of a latent frame: two programs do for all their lengths."""
+    """In chunks of a latent frame, for which two programs do whatever the length; the longest of some also whole."""
     write_folder(tmp_path / "vae", CONFIGS[name])
     config, params = convert.read_vae(tmp_path / "vae")
     graphdef, _ = abstract(VAE, config)
@@ -75,7 +75,8 @@ def test_vae_equals_the_reference_in_both_generations(tmp_path, quick_compiler, 
 
     for frames in FRAMES:
         video, z = (np.moveaxis(x, 1, -1) for x in inputs(name, CONFIGS[name], frames))
-        mean, logvar, decoded = (whole if frames == max(FRAMES) else in_chunks)(params, video, z)
+        at_once = frames == max(FRAMES) and name.endswith("early")
+        mean, logvar, decoded = (whole if at_once else in_chunks)(params, video, z)
         ours = dict(mean=mean, logvar=logvar, decoded=np.clip(decoded, -1, 1))  # theirs clips
         for what, value in ours.items():
             assert_close(to_theirs(value), REFERENCE[f"{name}/{frames}/{what}"], TOLERANCE)
