@@ -97,6 +97,8 @@ def curate(
         result = pipeline.run()
         result.wait_until_finish()
     except Exception as error:
+        if "KeyboardInterrupt" in str(error):  # in one of Beam's threads, which tells in its own way
+            raise KeyboardInterrupt from None
         stopped = _STOPPED.search(str(error))
         if stopped:
             raise UserError(

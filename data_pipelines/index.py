@@ -194,6 +194,17 @@ def build_index(
         return _build(records, Path(out) if out else None, settings, limits, processes, progress)
 
 
+def check_source(out: str | os.PathLike, records: FolderRecords | SourceRecords):
+    """Raises UserError where `out` is the index of another source, which `build_index` would replace."""
+    try:
+        there = json.loads(Path(out, SETTINGS).read_text())["source"]
+    except (OSError, ValueError, KeyError):
+        return
+    here = records.description
+    if (there.get("kind"), there.get("path")) != (here["kind"], here["path"]):
+        raise UserError(f"{out} is the index of {there.get('path')}, not of {here['path']}: name another folder")
+
+
 def _build(records, out, settings, limits, processes, progress) -> Index:
     listing = records.listing()
     keys = pa.array(listing.keys, pa.large_string())

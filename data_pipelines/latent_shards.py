@@ -13,6 +13,7 @@ import numpy as np
 
 from data_pipelines import latent_records as records
 from data_pipelines.latent_writer import file_sha256, read_json, splits
+from data_pipelines.text_tokens import TOKENIZER_FILE, Tokenizer
 from sorax.errors import UserError
 
 PREFIX = "shards:"  # of a data.path that names a folder of latent shards
@@ -197,11 +198,10 @@ def verify(path, progress=lambda done: None):
     Raises UserError where the folder holds no finished split.
     """
     folder, done, problems = Path(path), 0, []
-    if not splits(folder):
-        read_manifest(folder, "train")
     info = read_json(folder / records.INFO) or {}
-    for split in splits(folder):
+    for split in written_splits(folder):
         manifest = read_manifest(folder, split)
+        problems += _verify_tokenizer(folder, manifest)
         lengths = [s["count"] for s in manifest["shards"]]
         there = [list(map(int, s["shardLengths"])) for s in info.get("splits", ()) if s["name"] == split]
         if there != [lengths]:
@@ -221,6 +221,30 @@ def verify(path, progress=lambda done: None):
             done += shard["count"]
             progress(done)
     return problems
+
+
+def _verify_tokenizer(folder, manifest):
+    if "tokenizer" not in manifest["metadata"]:
+        return []
+    try:
+        if Tokenizer.load(folder).identity == manifest["metadata"]["tokenizer"]:
+            return []
+    except UserError as error:
+        return [str(error)]
+    return [f"{TOKENIZER_FILE} is not the one that split {manifest['split']} was encoded with"]
+
+
+def written_splits(path):
+    """Names of the splits of which a folder has at least one of the two files that make one finished, sorted.
+
+    Raises UserError where there is none.
+    """
+    folder = Path(path)
+    names = {file.stem for file in folder.glob("*.parquet")}
+    names |= {file.stem for file in folder.glob("*.json") if "shards" in (read_json(file) or ())}
+    if not names:
+        read_manifest(folder, "train")  # says what is there
+    return sorted(names)
 
 
 def _read_columns(folder, manifest, names):

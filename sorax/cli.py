@@ -2,7 +2,9 @@
 
 import argparse
 import os
+import signal
 import sys
+import threading
 
 from sorax import backend, cli_data
 from sorax.errors import UserError
@@ -11,6 +13,9 @@ from sorax.errors import UserError
 def main(argv=None) -> int:
     """Entry point; returns the exit code. A user's mistake is one line on stderr and code 2."""
     backend.configure()
+    if threading.current_thread() is threading.main_thread():
+        # Schedulers end a job so: it stops as it does at Ctrl-C.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     arguments, overrides = _parse(sys.argv[1:] if argv is None else argv)
     try:
         arguments.run(arguments, overrides)
@@ -24,7 +29,7 @@ def main(argv=None) -> int:
         print(f"sorax: no space left on the disk ({error}): free some and run the command again", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("sorax: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("sorax: interrupted; the same command goes on from what it has saved", file=sys.stderr)
         return 130
 
 
@@ -49,7 +54,7 @@ def _parse(argv):
 
     encode = verb(encode_verb, "encode", "write the latents of videos, once for all trainings, or check them")
     encode.add_argument("--config", default="", help="DiT experiment whose data section names the videos")
-    encode.add_argument("--vae", default="", help="run of a VAE or a DiT, or diffusers folder (default: config.vae.path)")
+    encode.add_argument("--vae", default="", help="VAE: run, DiT run or diffusers folder (default: config.vae.path)")
     encode.add_argument("--out", default="", help="folder of the latents; train with --config.data.path=shards:FOLDER")
     encode.add_argument("--shards", type=int, default=0, help="number of files (default: as many as stay below 256 MB)")
     encode.add_argument("--tokenizer", default="", help="run or latents whose tokenizer to use (default: a new one)")
@@ -132,11 +137,10 @@ def encode_verb(arguments, overrides):
 
 
 def _verify(folder):
-    from data_pipelines.latent_shards import read_manifest, verify
-    from data_pipelines.latent_writer import splits
+    from data_pipelines.latent_shards import read_manifest, verify, written_splits
     from sorax.runlog import Progress
 
-    total = sum(read_manifest(folder, split)["count"] for split in splits(folder))
+    total = sum(read_manifest(folder, split)["count"] for split in written_splits(folder))
     with Progress("verify", total, unit="samples") as progress:
         problems = verify(folder, progress.advance)
     for problem in problems:

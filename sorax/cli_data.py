@@ -7,6 +7,8 @@ import os
 from data_pipelines.curate_settings import Settings
 from sorax.errors import UserError
 
+_LEAST_MEMORY = 512  # MiB, of --memory
+
 
 def add_verbs(verbs):
     """Adds `data` to the verbs of the command line."""
@@ -56,7 +58,7 @@ def add_verbs(verbs):
 
 
 def index_verb(arguments, overrides):
-    from data_pipelines.index import build_index
+    from data_pipelines.index import build_index, check_source
     from data_pipelines.inspection import Limits
     from sorax.runlog import reporter
 
@@ -64,12 +66,18 @@ def index_verb(arguments, overrides):
     for name in ("max_seconds", "time_limit", "memory", "processes"):
         if getattr(arguments, name) is not None and getattr(arguments, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}: it must be above 0")
+    if arguments.memory < _LEAST_MEMORY:
+        raise UserError(f"--memory is {arguments.memory} MiB: a worker needs {_LEAST_MEMORY} to decode at all")
     limits = Limits(max_seconds=arguments.max_seconds, time_limit=arguments.time_limit, memory=arguments.memory << 20)
-    index = build_index(_records(data, limits), arguments.out, limits=limits, processes=arguments.processes,
+    records = _records(data, limits)
+    check_source(arguments.out, records)
+    index = build_index(records, arguments.out, limits=limits, processes=arguments.processes,
                         progress=reporter("index"))  # fmt: skip
     print(f"{len(index)} samples, {len(index.usable)} usable, {len(index) - len(index.usable)} rejected")
     for kind, count in index.rejected().items():
         print(f"  {count:6}  {kind}")
+    if len(index.usable) < len(index):
+        print("which ones: `sorax data report` lists them")
     print(f"index: {arguments.out}")
 
 

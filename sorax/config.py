@@ -9,6 +9,7 @@ import difflib
 import importlib.util
 import json
 import os
+import pathlib
 
 import ml_collections
 
@@ -138,6 +139,8 @@ def flatten(config, prefix="") -> dict:
 def save_config(config, workdir: str, complete):
     """Writes the config of a new run, or checks that an existing run has the same.
 
+    A run that has made nothing yet, such as one whose data was not found, may have another config the next time.
+
     Args:
         config: complete, as `complete` makes it; the config that is there is completed before the two are compared.
 
@@ -145,7 +148,7 @@ def save_config(config, workdir: str, complete):
         UserError: the folder holds a run of another config; the first few differences are named.
     """
     path = os.path.join(workdir, CONFIG_FILE)
-    if os.path.exists(path):
+    if os.path.exists(path) and _has_work(workdir):
         there = read_config(workdir)
         complete(there)
         old, new = flatten(there), flatten(config)
@@ -157,6 +160,12 @@ def save_config(config, workdir: str, complete):
             raise UserError(f"{workdir!r} holds a run of another config ({shown}{more}): use another --workdir, "
                             "or the config the run was started with")  # fmt: skip
     write_atomic(path, json.dumps(config.to_dict(), indent=1, sort_keys=True))
+
+
+def _has_work(workdir):
+    """Whether a run folder holds what depends on its config: a checkpoint, of its VAE at least, or a tokenizer."""
+    made = ("checkpoints/*", "vae/checkpoints/*", "tokenizer.json")
+    return any(any(pathlib.Path(workdir).glob(pattern)) for pattern in made)
 
 
 def _may_change(key):

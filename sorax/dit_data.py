@@ -76,6 +76,8 @@ def encode_experiment(config, vae_run: str, out: str, *, num_shards: int = 0, to
     """
     if config.get("kind") != "dit":
         raise UserError(f"config.kind is {config.get('kind')!r}: latents are encoded for a DiT, name its experiment")
+    if not any(_paths(config.data)):
+        raise UserError("config.data.path is empty: set --config.data.path=FOLDER (videos with captions), or =world")
     if any(map(is_shards, _paths(config.data))):
         raise UserError(f"config.data.path {config.data.path!r} is encoded already: name the videos")
     vae_run = vae_run or config.vae.get("path")
@@ -186,6 +188,8 @@ def open_split(folder, names, vae_identity, first=None) -> LatentShards:
 
 def _tokenizer_of_shards(folder, workdir, vocab_size):
     """The tokenizer of latent shards, kept in the run folder too."""
+    if not os.path.isdir(folder):
+        raise UserError(f"no folder {folder} of latents: name one that `sorax encode --out` wrote")
     tokenizer = Tokenizer.load(folder, vocab_size)
     if os.path.exists(os.path.join(workdir, TOKENIZER_FILE)):
         if Tokenizer.load(workdir).identity != tokenizer.identity:

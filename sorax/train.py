@@ -128,7 +128,10 @@ def train(config, workdir: str, *, title: str | None = None):
     settings = config_lib.build(TrainConfig, config.train, "train")
     keeping = config_lib.build(CheckpointConfig, config.checkpoint, "checkpoint")
     mesh = sharding.make_mesh(**config.mesh)
-    os.makedirs(workdir, exist_ok=True)
+    try:
+        os.makedirs(workdir, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run folder {workdir!r} cannot be made ({error.strerror}): name another --workdir") from error
     config = keep_ranks(config, workdir, mesh)
     config_lib.save_config(config, workdir, complete)
 

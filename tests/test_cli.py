@@ -95,6 +95,24 @@ def test_off_grid_sizes_are_rounded_and_said(capsys, tiny_run, tmp_path):
     assert "off the grid" in printed and "32x32" in printed and out.exists()
 
 
+def test_a_run_that_made_nothing_may_start_again_with_another_config(capsys, tmp_path):
+    argv = ["train", "--config", CLIPS, "--workdir", str(tmp_path / "w"), "--config.data.batch=8"]
+    assert "no folder" in fails(capsys, *argv, f"--config.data.path={tmp_path / 'none'}")
+    line = fails(capsys, *argv, f"--config.data.path={tmp_path}")
+    assert "no videos" in line  # and not that the run has another config
+
+
+def test_a_workdir_that_cannot_be_made_is_named(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    line = fails(capsys, "train", "--config", QUICK, "--workdir", str(tmp_path / "file" / "w"))
+    assert "cannot be made" in line and "--workdir" in line
+
+
+def test_encoding_asks_for_videos(capsys, tiny_run, tmp_path):
+    line = fails(capsys, "encode", "--vae", tiny_run, "--config", CLIPS, "--out", str(tmp_path / "l"))
+    assert "config.data.path is empty" in line
+
+
 def test_the_workdir_of_another_config_is_left_alone(capsys, tiny_run):
     before = (pathlib.Path(tiny_run) / "config.json").read_text()
     line = fails(capsys, "train", "--config", QUICK, "--workdir", tiny_run, "--config.optim.lr=0.123")

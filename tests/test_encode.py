@@ -97,6 +97,10 @@ def shards(tmp_path_factory):
 def test_shards_hold_the_latents_captions_and_shapes_of_the_source(shards):
     source, examples = world(), LatentShards(shards)
     assert verify(shards) == [] and len(examples) == len(source)
+    text = (shards / "tokenizer.json").read_text()
+    (shards / "tokenizer.json").write_text("broken")
+    assert any("tokenizer.json is no tokenizer" in problem for problem in verify(shards))
+    (shards / "tokenizer.json").write_text(text)
     expected = Codec(CONFIG, PARAMS).encode([source[i]["video"] for i in range(len(source))])
     for i, latents in enumerate(expected):
         spec, record = source.spec(i), examples.record(i)

@@ -234,7 +234,7 @@ SPOILT = {
     "other pipeline": (lambda f: edit_json(f / "model_index.json", _class_name="FluxPipeline"), "FluxPipeline"),
     "two transformers": (lambda f: edit_json(f / "model_index.json", boundary_ratio=0.9), "two transformers"),
     "image model": (lambda f: edit_json(f / "transformer" / "config.json", image_dim=1280), "image_dim = 1280"),
-    "other VAE": (lambda f: edit_json(f / "vae" / "config.json", is_residual=True), "lacks 52.*unexpected 50"),
+    "other VAE": (lambda f: edit_json(f / "vae" / "config.json", is_residual=True), "belong together"),
     "other text encoder": (lambda f: edit_json(f / "text_encoder" / "config.json", model_type="bert"), "'bert'"),
     "other depth": (lambda f: edit_json(f / "transformer" / "config.json", num_layers=3), "lacks 27"),
     "no deviations": (lambda f: edit_json(f / "vae" / "config.json", latents_std=None), "latents_std must hold 4"),

@@ -285,6 +285,8 @@ def test_the_command_makes_an_index_and_counts(folder, tmp_path, capsys):
     command = ["data", "index", "--path", "world", "--out", str(tmp_path / "world"), "--processes", "1"]
     assert cli.main([*command, "--config", config, "--config.data.world.num_samples=7"]) == 0
     assert "7 samples, 7 usable, 0 rejected" in capsys.readouterr().out
+    assert cli.main(["data", "index", "--path", str(folder), "--out", str(tmp_path / "world")]) == 2
+    assert "is the index of world, not of" in capsys.readouterr().err
     for wrong, words in {"--memory=0": "--memory is 0", "--config.data.fps=8": "name one with --config FILE"}.items():
         assert cli.main(["data", "index", "--path", str(folder), "--out", out, wrong]) == 2
         assert words in capsys.readouterr().err

@@ -272,6 +272,7 @@ DAMAGE = {
     "swapped shards": (swap, records.shard_name("train", 1, SHARDS), r"record 0: \(clips/7.mp4\) is not the record"),
     "other latents": (rewrite_with_wrong_latents, FIRST, r"record 1: \(clips/1.mp4\) its latents have another SHA-256"),
     "lost columns": (lambda f: os.truncate(f / "train.parquet", 100), "train.parquet", "cannot be read"),
+    "a lost table": (lambda f: (f / "train.parquet").unlink(), "train.parquet", "cannot be read"),
     "a lost list": (lambda f: (f / "dataset_info.json").unlink(), "dataset_info.json", "does not list"),
 }
 

@@ -35,6 +35,7 @@ def test_ranks_that_are_given_are_kept_and_cannot_change(tmp_path):
     with wanted.data.unlocked():
         wanted.data.ranks = 4
     assert started(tmp_path / "b", wanted, data=8).data.ranks == 4
+    (tmp_path / "a" / "checkpoints" / "100").mkdir(parents=True)
     with pytest.raises(UserError, match=r"another config .*ranks"):
         started(tmp_path / "a", wanted, data=8)
 
