@@ -196,7 +196,8 @@ class DiT(nnx.Module):
 
     def __call__(
         self, tokens, positions, segment_ids, levels, level_index, text, text_segment_ids, text_bias,
-        *, remat: str = "none", unroll: bool = False, constrain=lambda x, tokens=True: x, attend=attention, attend_text=attention,
+        *, remat: str = "none", unroll: bool = False, constrain=lambda x, tokens=True: x, attend=attention,
+        attend_text=attention,
     ):  # fmt: skip
         """Predicts `velocity = noise - x0` for every token of the rows.
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sorax import config as config_lib
-from sorax import sharding
+from sorax import processes, sharding
 from sorax.checkpoint import Checkpoints
 from sorax.errors import UserError
 from sorax.optim import learning_rate, make_tx, update_ema
@@ -133,7 +133,7 @@ def train(config, workdir: str, *, title: str | None = None):
     except OSError as error:
         raise UserError(f"run folder {workdir!r} cannot be made ({error.strerror}): name another --workdir") from error
     config = keep_ranks(config, workdir, mesh)
-    config_lib.save_config(config, workdir, complete)
+    config_lib.save_config(config, workdir, complete, write=processes.is_first())
 
     # --- Data, model
     objective = make_objective(config, workdir, mesh)
@@ -177,7 +177,8 @@ def train(config, workdir: str, *, title: str | None = None):
         print(f"{title}: already at step {step} of {settings.steps} in {workdir}")
         checkpoints.close()
         return
-    log = RunLog(workdir, step)
+    log = RunLog(workdir, step, write=processes.is_first())
+    _, same_rows = sharding.row_shares(mesh)
     schedule = learning_rate(optim, settings.steps)
     eval_every = config.eval.get("every", 0)
     if step == 0 and eval_every:
@@ -197,7 +198,7 @@ def train(config, workdir: str, *, title: str | None = None):
                     raise UserError(f"{title}: the loss is {metrics['loss']} at step {step}: lower config.optim.lr; "
                                     f"the last good checkpoint is of step {checkpoints.latest_step()}")  # fmt: skip
                 seconds = time.perf_counter() - since
-                metrics |= _rates(work, seconds) | {"lr": float(schedule(step - 1))}
+                metrics |= _rates(work, seconds, same_rows) | {"lr": float(schedule(step - 1))}
                 log.write(step, metrics)
                 progress.advance(step, f"loss {metrics['loss']:.4f}")
                 pending, work, since = [], [], time.perf_counter()
@@ -230,9 +231,9 @@ def _mean(pending):
     return {name: float(s / w) for name, (s, w) in total.items() if w > 0}
 
 
-def _rates(work, seconds):
-    """Throughput from the host-side counts of each batch, of all processes."""
-    total = {name: sum(w[name] for w in work) for name in work[0]}
+def _rates(work, seconds, same_rows):
+    """Throughput from the host-side counts of each process's batches, whose rows `same_rows` processes have."""
+    total = processes.total({name: sum(w[name] for w in work) / same_rows for name in work[0]})
     rates = {f"{name}_per_s": total[name] / seconds for name in total if name != "capacity"}
     if "capacity" in total:
         rates["useful_fraction"] = total["tokens"] / total["capacity"]
