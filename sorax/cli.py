@@ -212,6 +212,7 @@ def sample_verb(arguments, _):
     from sorax import generate, media
     from sorax.runs import load_run
 
+    backend.keep_programs()
     run = load_run(arguments.workdir, arguments.weights)
     frames, height, width, fps = run.usual_shape()
     if arguments.size:
@@ -252,6 +253,7 @@ def evaluate_verb(arguments, overrides):
 def _evaluate(workdir, out, clips, **settings):
     from sorax import evaluate
 
+    backend.keep_programs()
     scores = evaluate.evaluate_folder(workdir, out, num_clips=clips or None, **settings)
     print("\n".join(evaluate.summary_lines(scores)))
     print(f"report: {out}")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sorax import config as config_lib
-from sorax import processes, sharding
+from sorax import backend, processes, sharding
 from sorax.checkpoint import Checkpoints
 from sorax.errors import UserError
 from sorax.optim import learning_rate, make_tx, update_ema
@@ -127,6 +127,7 @@ def train(config, workdir: str, *, title: str | None = None):
     complete(config)
     settings = config_lib.build(TrainConfig, config.train, "train")
     keeping = config_lib.build(CheckpointConfig, config.checkpoint, "checkpoint")
+    backend.keep_programs()
     mesh = sharding.make_mesh(**config.mesh)
     try:
         os.makedirs(workdir, exist_ok=True)
