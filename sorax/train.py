@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sorax import config as config_lib
 from sorax import backend, processes, sharding
+from sorax import config as config_lib
 from sorax.checkpoint import Checkpoints
 from sorax.errors import UserError
 from sorax.optim import learning_rate, make_tx, update_ema

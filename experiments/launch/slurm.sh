@@ -1,5 +1,5 @@
 #!/bin/bash
-# sbatch --nodes=4 experiments/launch/slurm.sh --config experiments/quickstart.py --workdir /shared/runs/x [--config.KEY=VALUE ...]
+# sbatch --nodes=4 experiments/launch/slurm.sh --config experiments/quickstart.py --workdir /shared/runs/x ...
 #
 # One task a GPU: JAX gives each task its own (with SLURM_LOCALID), and finds the others from the variables of srun.
 #SBATCH --job-name=sorax
@@ -11,5 +11,5 @@
 #SBATCH --open-mode=append
 set -euo pipefail
 
-# All end when one does; the job is put back in the queue and goes on from the last checkpoint.
-srun --kill-on-bad-exit=1 --label sorax train "$@" || { [ -n "${SLURM_RESTART_COUNT:-}" ] && [ "$SLURM_RESTART_COUNT" -ge 20 ] || scontrol requeue "$SLURM_JOB_ID"; exit 1; }
+# All end when one does. Put in the queue again, the job goes on from the last checkpoint.
+srun --kill-on-bad-exit=1 --label sorax train "$@"
