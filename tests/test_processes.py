@@ -16,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from conftest import QUICKSTART, TINY
+from jax.sharding import SingleDeviceSharding
 from random_params import assert_close
 
 from sorax import processes, sharding
@@ -57,8 +58,11 @@ def run(workdir, count, devices, *overrides):
 
 
 def parameters(workdir, step):
-    folder = os.path.join(workdir, "checkpoints", str(step), "params")
-    return jax.tree.map(np.asarray, ocp.StandardCheckpointer().restore(folder))
+    folder, reader = os.path.join(workdir, "checkpoints", str(step), "params"), ocp.StandardCheckpointer()
+    place = SingleDeviceSharding(jax.devices()[0])  # wherever they were
+    there = reader.metadata(folder).item_metadata.tree
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), there)
+    return jax.device_get(reader.restore(folder, shapes))
 
 
 def metrics(workdir):
