@@ -36,6 +36,8 @@ def main(argv=None) -> int:
             return _leave(2)
         if _is_one_of_several():
             traceback.print_exc()
+            print("sorax: one of several processes failed, or lost another (which says why); the same command on all "
+                  "goes on from what is saved", file=sys.stderr)  # fmt: skip
             _leave(1)
         raise
 

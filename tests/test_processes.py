@@ -155,4 +155,4 @@ def test_a_process_reads_the_rows_of_its_devices_wherever_they_are():
     assert sharding.row_shares(mesh_of(np.array([1, 0, 1, 0]).reshape(2, 2, 1, 1))) == ((1, 3), 1)
     assert sharding.row_shares(mesh_of(np.array([0, 1, 2, 3]).reshape(1, 2, 2, 1))) == ((0,), 2)
     with pytest.raises(UserError, match="share some of their rows"):
-        sharding.row_shares(mesh_of(np.array([0, 0, 0, 1, 1, 1]).reshape(1, 2, 3, 1)))
+        sharding.row_shares(mesh_of(np.array([0, 0, 1, 1, 1, 1]).reshape(1, 2, 3, 1)))
