@@ -1,0 +1,1 @@
+"""`sorax plan`: what a training would take on TPUs that are not here."""
