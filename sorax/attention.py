@@ -10,15 +10,15 @@ import jax.numpy as jnp
 MASKED = -1e30  # finite, so that a padding query (which may see nothing) gives zeros and no NaN gradient
 
 
-def attention(q, k, v, q_segment_ids, kv_segment_ids, *, bias=None, scale=None):
+def attention(q, k, v, q_segment_ids, kv_segment_ids, *, key_bias=None, bias=None, scale=None):
     """Softmax attention in which a query sees the keys of its own segment and nothing else.
 
     Args:
         q: `[B, N, K, A]` queries. k, v: `[B, M, K, A]` keys and values.
         q_segment_ids: `[B, N]` int, kv_segment_ids: `[B, M]` int. A query attends to a key iff the ids are equal
             and non-zero; 0 is padding, whose output is zero.
-        bias: added to the logits; anything that broadcasts to `[B, K, N, M]`. A bias of `log(n)` on a key makes it
-            count as `n` equal keys.
+        key_bias: `[B, M]`, added to the logits of each key. A bias of `log(n)` makes it count as `n` equal keys.
+        bias: added to the logits; anything that broadcasts to `[B, K, N, M]`.
         scale: factor on the logits; `A ** -0.5` if None.
 
     Returns:
@@ -31,6 +31,8 @@ def attention(q, k, v, q_segment_ids, kv_segment_ids, *, bias=None, scale=None):
     q, k, v = (einops.rearrange(x, "b n k a -> (b k) n a") for x in (q, k, v))
     logits = jnp.einsum("xna,xma->xnm", q * scale, k, preferred_element_type=jnp.float32)  # [B*K, N, M]
     logits = logits.reshape(B, K, *logits.shape[1:])
+    if key_bias is not None:
+        logits = logits + key_bias[:, None, None, :]
     if bias is not None:
         logits = logits + bias
     same = (q_segment_ids[:, :, None] == kv_segment_ids[:, None, :]) & (q_segment_ids[:, :, None] != 0)

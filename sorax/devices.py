@@ -1,9 +1,10 @@
 """Accelerators by the numbers: peak speeds, memories and networks, for plans and for the MFU of runs.
 
 Every figure is of one *device* of jax, which is a chip but for TPU v4 and 7x, whose chips show as two devices.
-Sources: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e, tpu7x: peak, HBM); "How to Scale Your Model" (jax-ml/scaling-book,
-2025), chapter on TPUs (links, data-centre network); NVIDIA's data sheets of A100, H100, H200, B200 (dense, SXM unless
-the name says other). Usable memory of TPUs: what libtpu 0.0.42 reports as the limit when a program is too large.
+Sources: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e, tpu7x: peak, HBM, links of tpu7x); "How to Scale Your Model"
+(jax-ml/scaling-book, 2025), chapter on TPUs (links, data-centre network); NVIDIA's data sheets of A100, H100, H200 and
+B200 (dense, SXM unless the name says other). Usable memory of TPUs: what libtpu 0.0.42 reports as the limit when a
+program is too large; of tpu7x it is a guess from 96 GB a device, and so is its data-centre network.
 """
 
 import dataclasses

@@ -12,8 +12,10 @@ from flax import nnx
 
 from sorax import config as config_lib
 from sorax import flow, functional, sharding
+from sorax.attention import attention
 from sorax.dit import DiT, DiTConfig
 from sorax.errors import UserError
+from sorax.optim import OptimConfig
 from sorax.text import TextConfig, TextEncoder, drop_captions, slot_bias
 from sorax.vae import VAEConfig
 
@@ -37,6 +39,8 @@ class FlowConfig:
 class DiTTask:
     """Networks and loss of a DiT experiment.
 
+    What the training step needs of an `Objective` has the same name here.
+
     init: key -> params, dict(dit=, text=).
     loss: (params, batch, key, step, constants) -> {name: (sum, weight)}, as an `Objective` has it.
     validation: (params, batch, sigma, key) -> (summed error, tokens) at one noise level, nothing given.
@@ -50,14 +54,17 @@ class DiTTask:
     loss: Callable
     validation: Callable
     batch_shapes: dict[str, jax.ShapeDtypeStruct]
+    optims: dict[str, OptimConfig]
+    averaged: Callable = lambda params: params
 
 
-def check_rows(data, mesh):
-    """Raises UserError where the data-parallel ranks of a mesh cannot share the rows of a batch equally."""
+def check_rows(data, model: DiTConfig, mesh):
+    """Raises UserError where a mesh cannot share the rows of a batch, their tokens or the heads equally."""
     here = sharding.batch_parts(mesh)
     if data.batch % here:
         raise UserError(f"config.data.batch is {data.batch} rows, which {here} data-parallel ranks cannot share "
                         "equally: make it a multiple, or set mesh.data x mesh.fsdp to a divisor of it")  # fmt: skip
+    sharding.check_rows(mesh, model.num_heads, data.row_tokens)
 
 
 def check_networks(model: DiTConfig, text_model: TextConfig, vae: VAEConfig):
@@ -67,6 +74,12 @@ def check_networks(model: DiTConfig, text_model: TextConfig, vae: VAEConfig):
             f"config.model takes {model.in_channels} latent channels and text of width {model.text_dim}, but the VAE "
             f"makes {vae.latent_channels} and config.text {text_model.width}: make them equal"
         )
+
+
+def mesh_options(mesh) -> dict:
+    """What `DiT.__call__` takes to run on a mesh."""
+    attend, attend_text = sharding.attention_on(mesh, attention)
+    return dict(constrain=sharding.activation_constraint(mesh), attend=attend, attend_text=attend_text)
 
 
 def dit_task(config, data, settings, mesh) -> DiTTask:
@@ -85,7 +98,8 @@ def dit_task(config, data, settings, mesh) -> DiTTask:
     dit_graph, _ = functional.abstract(DiT, model)
     text_graph, _ = functional.abstract(TextEncoder, text_model)
     S = data.max_segments
-    run_options = dict(remat=settings.remat, unroll=settings.unroll, constrain=sharding.activation_constraint(mesh))
+    on_mesh = mesh_options(mesh)
+    constrain, run_options = on_mesh["constrain"], dict(on_mesh, remat=settings.remat, unroll=settings.unroll)
 
     def init(key):
         dit_key, text_key = jax.random.split(key)
@@ -105,6 +119,7 @@ def dit_task(config, data, settings, mesh) -> DiTTask:
 
     def loss(params, batch, key, step, constants):
         sigma_key, given_key, drop_key, noise_key = jax.random.split(key, 4)
+        batch = batch | {name: constrain(batch[name]) for name in ("tokens", "positions", "segment_ids")}
         ids = batch["segment_ids"]
         levels = flow.draw_sigma(sigma_key, (ids.shape[0], S), mean=flow_config.sigma_mean,
                                  std=flow_config.sigma_std, shift=flow_config.train_shift)  # fmt: skip
@@ -131,6 +146,7 @@ def dit_task(config, data, settings, mesh) -> DiTTask:
     return DiTTask(
         model=model, text_model=text_model, flow=flow_config, init=init, loss=loss, validation=validation,
         batch_shapes=row_shapes(data.batch, data.row_tokens, data.row_text, model.patch_dim),
+        optims={"": config_lib.build(OptimConfig, config.optim, "optim")},
     )  # fmt: skip
 
 

@@ -33,7 +33,7 @@ class Objective:
         start: params -> params, before the first step: what is read from elsewhere.
         loss: (params, batch, key, step, constants) -> {name: (sum, weight)}; sum / weight of "loss" is minimised.
         batches: first step -> iterator of this process's numpy batches.
-        work: batch -> host-side counts: tokens, capacity, flops, ... of the batch.
+        work: batch -> host-side counts of it: tokens (places), useful_tokens, frames, model_flops, ...
         evaluate: (state, step, folder) -> (metrics, {name: uint8 video}, fps).
         averaged: params -> those of which an EMA is kept.
         finish: params (or their EMA) -> the same, when training ends.
@@ -149,7 +149,7 @@ def complete(config):
 
     sections = dict(data=DataConfig, optim=OptimConfig, train=TrainConfig, checkpoint=CheckpointConfig, eval=EvalConfig,
                     loss=VAELossConfig, flow=FlowConfig, discriminator=DiscriminatorConfig,
-                    discriminator_optim=OptimConfig)  # fmt: skip
+                    discriminator_optim=OptimConfig, mesh=sharding.MeshConfig)  # fmt: skip
     if config.get("kind") == "vae":
         with config.unlocked():
             for name, value in dict(init="", discriminator={}, discriminator_optim=DISCRIMINATOR_OPTIM).items():
@@ -203,7 +203,7 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
 
     # --- Data: latents of every sample, made once
     check_path(data)
-    check_rows(data, mesh)
+    check_rows(data, model, mesh)
     here = sharding.batch_parts(mesh)
     ranks = data.ranks or here
     if ranks != here:
@@ -247,5 +247,5 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
         batches=lambda step: make_loader(rows, start_step=step, num_workers=data.workers, **loader_options()),
         work=lambda batch: flops.rows_work(model, text_model, batch),
         evaluate=evaluate,
-        optims={"": config_lib.build(OptimConfig, config.optim, "optim")},
+        optims=task.optims,
     )

@@ -190,6 +190,7 @@ def train(config, workdir: str, *, title: str | None = None, profile: tuple[int,
         return
     log = RunLog(workdir, step)
     schedule = learning_rate(next(iter(objective.optims.values())), settings.steps)
+    _, same = sharding.row_shares(mesh)
     peak = mesh.size * (peak_flops(mesh.devices.flat[0].device_kind) or 0)
     eval_every = config.eval.get("every", 0)
     if step == 0 and eval_every:
@@ -211,7 +212,7 @@ def train(config, workdir: str, *, title: str | None = None, profile: tuple[int,
                     raise UserError(f"{title}: the loss is {metrics['loss']} at step {step}: lower config.optim.lr; "
                                     f"the last good checkpoint is of step {checkpoints.latest_step()}")  # fmt: skip
                 seconds = time.perf_counter() - since
-                metrics |= _rates(work, seconds, peak) | {"lr": float(schedule(step - 1))}
+                metrics |= _rates(work, seconds, peak, same) | {"lr": float(schedule(step - 1))}
                 log.write(step, metrics)
                 progress.advance(step, f"loss {metrics['loss']:.4f}")
                 pending, work, since = [], [], time.perf_counter()
@@ -244,18 +245,20 @@ def _mean(pending):
     return {name: float(s / w) for name, (s, w) in total.items() if w > 0}
 
 
-def _rates(work, seconds, peak: float):
+def _rates(work, seconds, peak: float, same: int = 1):
     """Speed over the steps since the last log line.
 
     Args:
         work: counts of each step's batch, of this process's share (`Objective.work`).
         seconds: that they took.
         peak: FLOP/s of all devices of the run; 0 where nobody knows: there is no MFU then.
+        same: processes that have the same share.
     """
     names = sorted(work[0])
     total = np.array([sum(w[name] for w in work) for name in names], np.float64)
     if jax.process_count() > 1:
-        total = multihost_utils.process_allgather(_exact(total)).reshape(-1, len(names), 2).sum((0, 2), np.float64)
+        shares = multihost_utils.process_allgather(_exact(total)).reshape(-1, len(names), 2)
+        total = shares.sum((0, 2), np.float64) / same
     total = dict(zip(names, total.tolist()))
     rates = {f"{name}_per_s": count / seconds for name, count in total.items()}
     if "useful_tokens" in total:
