@@ -70,19 +70,24 @@ def _speed(plan: Plan, tokens) -> list[str]:
     a_day = useful / step.step * DAY
     total = plan.batch * plan.row_tokens
     found = [
-        f"estimate of a training step: {step.step:.2f} s = compute {step.compute:.2f} + element-wise "
-        f"{step.elementwise:.2f} + optimizer and weights {step.memory:.2f} s (or hidden traffic {step.hidden:.2f}, if "
-        f"that is more) + traffic waited for {step.exposed:.2f}; at best {step.best:.2f}",
+        f"estimate of a training step: {_time(step.step)} = compute {_time(step.compute)} + element-wise "
+        f"{_time(step.elementwise)} + optimizer and weights {_time(step.memory)} (or hidden traffic "
+        f"{_time(step.hidden)}, if that is more) + traffic waited for {_time(step.exposed)}; at best "
+        f"{_time(step.best)}",
         f"  MFU {plan.mfu:.1%}, {useful / step.step:,.0f} useful tokens/s ({useful / total:.1%} of the places of rows),"
         f" {a_day:.3g} useful tokens a day",
     ]  # fmt: skip
     if plan.sample_seconds is not None:
-        found.append(f"  a guided sampling step: {plan.sample_seconds:.2f} s")
+        found.append(f"  a guided sampling step: {_time(plan.sample_seconds)}")
     if tokens:
         days = tokens / a_day
         hours = days * 24 * plan.topology.chips
         found.append(f"  {tokens:.3g} useful tokens: {days:,.1f} days, {hours:,.0f} chip-hours")
-    return [*found, "  assumed: " + "; ".join(roofline.ASSUMPTIONS)]
+    return [*found, "  assumed:", *(f"    {assumption}" for assumption in roofline.ASSUMPTIONS)]
+
+
+def _time(seconds):
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
 def table(plans) -> list[str]:
@@ -91,14 +96,14 @@ def table(plans) -> list[str]:
     def rank(plan):
         return not plan.fits, -(plan.useful_tokens / plan.step.step if plan.step else 0.0)
 
-    heads = ("data, fsdp, context, tensor", "remat", "rows x tokens", "GiB a device", "step, s", "MFU", "useful tokens/s")
+    heads = ("data, fsdp, context, tensor", "remat", "rows x tokens", "GiB a device", "step, s", "MFU", "tokens/s")
     found = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for plan in sorted(plans, key=rank):
         worst = min(plan.programs, key=lambda p: p.memory.left)
         memory = f"{worst.memory.total / GIB:.2f}" + ("" if plan.fits else f", {-worst.memory.left / GIB:.2f} over")
         speed = ("-", "-", "-")
         if plan.step:
-            speed = (f"{plan.step.step:.2f}", f"{plan.mfu:.1%}", f"{plan.useful_tokens / plan.step.step:,.0f}")
+            speed = (f"{plan.step.step:.4g}", f"{plan.mfu:.1%}", f"{plan.useful_tokens / plan.step.step:,.0f}")
         axes, rows = ", ".join(map(str, plan.mesh.values())), f"{plan.batch} x {plan.row_tokens:,}"
         found.append(f"| {' | '.join((axes, plan.remat, rows, memory, *speed))} |")
     return found
