@@ -118,10 +118,12 @@ def _largest(data, vae, patch_size):
     frames = max(1, 1 + (data.max_frames - 1) // vae.temporal_stride)
     frames = max(1, min(frames // pt, most)) * pt
     best = (1, 1)
-    for h in range(1, math.isqrt(most) + 1):
-        w = max(1, round(h * grid[0] * 16 / 9 / grid[1]))
-        if frames // pt * h * w <= most:
-            best = (h, w)
+    for h in range(1, most + 1):
+        ideal = -(-16 * h * grid[0] // (9 * grid[1]))
+        w = min(ideal, most // (frames // pt * h))
+        if w < 0.9 * ideal:  # no longer near 16:9, nor will it be when it is higher
+            break
+        best = max(best, (h, w), key=math.prod)
     return 1 + (frames - 1) * vae.temporal_stride, best[0] * grid[0], best[1] * grid[1]
 
 

@@ -16,7 +16,8 @@ ROW_LENGTHS = (0.5, 1, 2)  # times the experiment's own; rows are as many fewer
 STATE_BYTES = 16  # of a parameter: itself, EMA and Adam's two moments, in float32
 # Values of a token's width that a layer keeps for the backward pass, by remat policy. `dots`: results of products.
 KEPT = {"none": 60, "dots": 14, "full": 1, "offload": 0}
-WORKING = 40  # values of a token's width that one layer needs while it is worked on, forward or backward
+# Values of a token's width that one layer needs while it is worked on, mostly backward: what libtpu took for the 1.3B.
+WORKING = 120
 
 
 @dataclasses.dataclass(frozen=True)

@@ -83,6 +83,9 @@ def test_rows_hold_the_largest_video_that_fits():
     task = dit_task(recipe.config, recipe.data, recipe.settings, sharding.make_mesh(data=8))
     rows = plan.usual_rows(recipe, task.model)
     assert rows == plan_programs.Rows((81, 720, 1280), 75_600, 513, 1)
+    for name, video in (("wan_1_3b", (81, 480, 832)), ("wan_5b", (121, 704, 1280))):
+        other = plan.read(config_lib.load_config(str(ROOT / "experiments" / f"{name}.py")))
+        assert plan.usual_rows(other, task.model).video == video
     assert plan.usual_rows(recipe, task.model, (1, 720, 1280)).samples == 75_776 // 3_600
     with pytest.raises(UserError, match=r"4n \+ 1 frames, got 80"):
         plan.usual_rows(recipe, task.model, (80, 720, 1280))
