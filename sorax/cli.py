@@ -72,6 +72,7 @@ def _parse(argv):
     sample.add_argument("--size", default="", help="WxH in pixels (default: what the run was trained on most)")
     sample.add_argument("--frames", type=int, default=0, help="number of frames (default: likewise)")
     sample.add_argument("--fps", type=float, default=0.0, help="frames per second of the file (default: the run's)")
+    sample.add_argument("--solver", default="", help="euler, unipc or dpm++ (default: the config's)")
     sample.add_argument("--steps", type=int, default=0, help="sampling steps (default: the config's)")
     sample.add_argument("--guidance", type=float, default=None, help="guidance scale, 1 = off (default: the config's)")
     sample.add_argument("--shift", type=float, default=None, help="noise schedule shift (default: the config's)")
@@ -205,15 +206,12 @@ def sample_verb(arguments, _):
         stem, suffix = os.path.splitext(arguments.out)
         outs = [f"{stem}_{k}{suffix}" for k in range(len(arguments.prompt))]
     media.check_suffix(outs[0], legal[0])
-    settings = run.config.eval
+    given = dict(num_steps=arguments.steps or None, solver=arguments.solver or None, guidance_scale=arguments.guidance,
+                 shift=arguments.shift)  # fmt: skip
+    sampling = run.sampling() | {name: value for name, value in given.items() if value is not None}
     requests = [generate.Request(prompt, *legal, seed=arguments.seed + k, negative_prompt=arguments.negative_prompt)
                 for k, prompt in enumerate(arguments.prompt)]  # fmt: skip
-    videos = run.generator().videos(
-        requests,
-        num_steps=arguments.steps or settings.num_steps,
-        guidance_scale=settings.guidance_scale if arguments.guidance is None else arguments.guidance,
-        shift=run.config.flow.sample_shift if arguments.shift is None else arguments.shift,
-    )
+    videos = run.generator().videos(requests, **sampling)
     for out, video, prompt in zip(outs, videos, arguments.prompt):
         media.write_video(out, video, arguments.fps or fps)
         print(f"{out}: {prompt}")
@@ -250,7 +248,8 @@ def _export(workdir, out, form, dtype, weights):
         return
     run = load_run(workdir, weights)
     write = {"diffusers": export.export_diffusers, "safetensors": export.export_safetensors}[form]
-    write(run.networks, run.tokenizer, out, shift=run.config.flow.sample_shift, dtype=dtype,
+    how = run.sampling()
+    write(run.networks, run.tokenizer, out, shift=how["shift"], solver=how["solver"], dtype=dtype,
           metadata=run.metadata(weights))  # fmt: skip
 
 

@@ -175,6 +175,11 @@ TEXT_FIELDS = dict(
     layer_norm_epsilon="eps",
 )  # fmt: skip
 TEXT_FIXED = dict(feed_forward_proj="gated-gelu")
+# Solvers of `sorax.sampler`, and the schedulers that are the same.
+SCHEDULERS = {
+    "euler": "FlowMatchEulerDiscreteScheduler", "unipc": "UniPCMultistepScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+}  # fmt: skip
 
 
 def _config(cls, path, fields, fixed, **derived):

@@ -34,7 +34,7 @@ DIFFUSERS_VERSION = "0.35.0"  # the oldest that the folder is meant for
 
 
 def export_diffusers(
-    networks: Networks, tokenizer: Tokenizer, out_dir, *, shift: float, dtype: str = "f32",
+    networks: Networks, tokenizer: Tokenizer, out_dir, *, shift: float, solver: str = "euler", dtype: str = "f32",
     metadata: dict | None = None, expand_timesteps: bool = False, max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> pathlib.Path:  # fmt: skip
     """Writes a folder that `diffusers.WanPipeline.from_pretrained` loads.
@@ -45,7 +45,7 @@ def export_diffusers(
         networks: configs and parameters.
         tokenizer: of the captions that the text encoder reads.
         out_dir: a new or empty folder.
-        shift: of the sampling schedule.
+        shift, solver: of sampling, see `sorax.sampler.make_solver`.
         dtype: "f32" or "bf16", of the weights.
         metadata: for the model card and provenance.json, all optional: name, license, step, weights ("ema", "raw"),
             config (the experiment's), data (a sentence), scores (flat dict), hardware, and sample: a dict of prompt,
@@ -79,15 +79,15 @@ def export_diffusers(
         }  # fmt: skip
         tokenizer.save(folder / "tokenizer")
         _write_json(folder / "tokenizer" / "tokenizer_config.json", tokenizer_json())
-        _write_json(folder / "scheduler" / "scheduler_config.json", scheduler_json(shift))
-        _write_json(folder / "model_index.json", index_json(networks.text_config, expand_timesteps))
+        _write_json(folder / "scheduler" / "scheduler_config.json", scheduler_json(solver, shift))
+        _write_json(folder / "model_index.json", index_json(networks.text_config, solver, expand_timesteps))
         write_provenance(folder, metadata, "diffusers", dtype, tensors)
         (folder / "README.md").write_text(model_card(networks, metadata, "diffusers", dtype, out_dir))
     return pathlib.Path(out_dir)
 
 
 def export_safetensors(
-    networks: Networks, tokenizer: Tokenizer, out_dir, *, shift: float, dtype: str = "f32",
+    networks: Networks, tokenizer: Tokenizer, out_dir, *, shift: float, solver: str = "euler", dtype: str = "f32",
     metadata: dict | None = None, max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> pathlib.Path:  # fmt: skip
     """Writes our own parameter names (paths with slashes, layers stacked): vae/, dit/, text/, each with config.json.
@@ -102,7 +102,8 @@ def export_safetensors(
             names, settings = own_names(params), dataclasses.asdict(config)
             tensors[part] = write_model(folder / part, part, names, params, settings, dtype, max_shard_bytes)
         tokenizer.save(folder)
-        _write_json(folder / "config.json", {"format": "sorax", "shift": shift, "code_version": code_version()})
+        how = {"shift": shift, "solver": solver}
+        _write_json(folder / "config.json", {"format": "sorax", "code_version": code_version()} | how)
         write_provenance(folder, metadata, "safetensors", dtype, tensors)
         (folder / "README.md").write_text(model_card(networks, metadata, "safetensors", dtype, out_dir))
     return pathlib.Path(out_dir)
@@ -189,20 +190,24 @@ def tokenizer_json() -> dict:
     }  # fmt: skip
 
 
-def scheduler_json(shift: float) -> dict:
-    """scheduler_config.json of `FlowMatchEulerDiscreteScheduler`."""
+def scheduler_json(solver: str, shift: float) -> dict:
+    """scheduler_config.json of the scheduler that is this solver."""
+    multistep = {
+        "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": float(shift), "solver_order": 2,
+        "use_dynamic_shifting": False,
+    }  # fmt: skip
     return {
-        "_class_name": "FlowMatchEulerDiscreteScheduler", "_diffusers_version": DIFFUSERS_VERSION,
-        "num_train_timesteps": 1000, "shift": float(shift), "use_dynamic_shifting": False,
+        "_class_name": convert.SCHEDULERS[solver], "_diffusers_version": DIFFUSERS_VERSION, "num_train_timesteps": 1000,
+        **({"shift": float(shift), "use_dynamic_shifting": False} if solver == "euler" else multistep),
     }  # fmt: skip
 
 
-def index_json(text_config: TextConfig, expand_timesteps: bool) -> dict:
+def index_json(text_config: TextConfig, solver: str, expand_timesteps: bool) -> dict:
     """model_index.json of `WanPipeline`."""
     return {
         "_class_name": "WanPipeline", "_diffusers_version": DIFFUSERS_VERSION,
         "boundary_ratio": None, "expand_timesteps": expand_timesteps,
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "scheduler": ["diffusers", convert.SCHEDULERS[solver]],
         "text_encoder": ["transformers", _text_class(text_config)],
         "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
         "transformer": ["diffusers", "WanTransformer3DModel"], "transformer_2": [None, None],

@@ -137,6 +137,7 @@ class EvalConfig:
     every: int = 0
     num_videos: int = 4
     num_steps: int = 30
+    solver: str = "euler"  # or unipc, dpm++
     guidance_scale: float = 3.0
     num_clips: int = 64  # of each split, for `sorax evaluate`
 
@@ -306,8 +307,8 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
         some = range(min(evaluation.num_videos, len(val_examples)))
         shapes = val_examples.video_shapes.tolist()
         requests = [Request(val_examples.caption(i), *shapes[i], seed=i) for i in some]
-        made = generator.videos(requests, num_steps=evaluation.num_steps, guidance_scale=evaluation.guidance_scale,
-                                shift=flow_config.sample_shift)  # fmt: skip
+        made = generator.videos(requests, num_steps=evaluation.num_steps, solver=evaluation.solver,
+                                guidance_scale=evaluation.guidance_scale, shift=flow_config.sample_shift)  # fmt: skip
         write_samples(folder, step, made, [r.prompt for r in requests])
         videos = {f"sample/{i}": video for i, video in enumerate(made)}
         return metrics, videos, float(val_examples.fps[0])

@@ -47,6 +47,15 @@ class Run:
         n = self.networks
         return Generator(n.dit_config, n.dit, n.text_config, n.text, self.tokenizer, self.codec)
 
+    def sampling(self) -> dict:
+        """How this run's videos are made: num_steps, solver, guidance_scale and shift."""
+        from sorax.objectives import EvalConfig, FlowConfig
+
+        settings = config_lib.build(EvalConfig, self.config.eval, "eval")
+        shift = config_lib.build(FlowConfig, self.config.flow, "flow").sample_shift
+        return dict(num_steps=settings.num_steps, solver=settings.solver, guidance_scale=settings.guidance_scale,
+                    shift=shift)  # fmt: skip
+
     def usual_shape(self) -> tuple[int, int, int, float]:
         """(frames, height, width, fps) that the run saw most among its first validation samples."""
         data = self.config.data
@@ -67,9 +76,9 @@ class Run:
     def metadata(self, weights: str) -> dict:
         """What a model card says of the run; its scores, if this step was evaluated into the folder's `report/`."""
         frames, height, width, fps = self.usual_shape()
-        settings = self.config.eval
+        how = self.sampling()
         sample = dict(prompt="a red circle moving right", height=height, width=width, num_frames=frames, fps=fps,
-                      num_steps=settings.num_steps, guidance_scale=settings.guidance_scale)  # fmt: skip
+                      num_steps=how["num_steps"], guidance_scale=how["guidance_scale"])  # fmt: skip
         name, data = os.path.basename(os.path.abspath(self.workdir)), f"data.path = {self.config.data.path!r}"
         config = self.config.to_dict()
         return dict(name=name, step=self.step, weights=weights, config=config, data=data, sample=sample,

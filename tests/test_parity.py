@@ -4,6 +4,7 @@ Tolerances: 1e-4 of the reference's largest value, the limit set for float32 net
 order. What is measured is 1e-6 to 1e-5.
 """
 
+import dataclasses
 import pathlib
 
 import jax
@@ -21,6 +22,7 @@ from sorax.vae import VAE
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 REFERENCE = dict(np.load(FIXTURES / "reference.npz"))
+SOLVERS = dict(np.load(FIXTURES / "solvers.npz"))
 TOLERANCE = 1e-4
 
 
@@ -142,18 +144,21 @@ def test_one_empty_slot_stands_for_all_unused():
     np.testing.assert_allclose(bias, [0, 0, 0, np.log(MAX_SLOTS - 3), 0, np.log(MAX_SLOTS - 1)], rtol=1e-6)
 
 
-def test_euler_equals_reference():
-    case = {key.removeprefix("euler/"): value for key, value in REFERENCE.items() if key.startswith("euler/")}
-    sigmas = sampler.sigma_schedule(10, 3.0)
-    np.testing.assert_allclose(sigmas, case["sigmas"], atol=1e-6)
-    np.testing.assert_allclose(1000 * sigmas[:-1], case["timesteps"], rtol=1e-6)
-
-    def velocity(x, sigma):
-        return jnp.sin(2 * x) * (1 + sigma)
-
-    for steps in range(len(sigmas)):
-        x = sampler.euler(velocity, jnp.asarray(case["trajectory"][0]), sigmas[: steps + 1])
-        assert_close(x, case["trajectory"][steps], 1e-5)
+@pytest.mark.parametrize("case", sorted({name.rpartition("/")[0] for name in SOLVERS}))
+def test_solvers_equal_reference_step_for_step(case):
+    """Euler, UniPC and DPM++ of orders 1 to 3; the reference computes its weights in float32."""
+    name, num_steps, shift, order = case.split("/")
+    solver = sampler.make_solver(name, int(num_steps), float(shift), int(order))
+    np.testing.assert_allclose(solver.sigmas, SOLVERS[f"{case}/sigmas"], atol=1e-6)
+    np.testing.assert_allclose(1000 * solver.levels, SOLVERS[f"{case}/timesteps"], rtol=1e-6)
+    trajectory = SOLVERS[f"{case}/trajectory"]
+    for steps in range(len(solver.levels) + 1):
+        begun = dataclasses.replace(
+            solver, levels=solver.levels[:steps], sigmas=solver.sigmas[: steps + 1], predictor=solver.predictor[:steps],
+            corrector=None if solver.corrector is None else solver.corrector[:steps],
+        )  # fmt: skip
+        x = sampler.integrate(lambda x, level: jnp.sin(2 * x) * (1 + level), jnp.asarray(trajectory[0]), begun)
+        assert_close(x, trajectory[steps], 1e-5)
 
 
 def test_prompt_to_pixels_equals_the_whole_pipeline(pipeline, dit):
@@ -177,7 +182,7 @@ def test_prompt_to_pixels_equals_the_whole_pipeline(pipeline, dit):
         return sampler.guide(out[:, :n], out[:, n:], 3.0)
 
     noise = jnp.asarray(patchify(case["noise"], config.patch_size))
-    tokens = sampler.euler(velocity, noise, sampler.sigma_schedule(4, pipeline.shift))
+    tokens = sampler.integrate(velocity, noise, sampler.make_solver("euler", 4, pipeline.shift))
     latents = unpatchify(tokens, shape, config.patch_size)
     assert_close(latents, case["latents"])
     vae = bind(VAE, pipeline.vae_config, pipeline.vae)
