@@ -176,7 +176,7 @@ def test_solvers_follow_a_straight_flow_exactly(name, order, num_steps):
 
 @each_solver
 def test_solvers_are_of_their_order_on_a_curved_flow(name, order):
-    """dx / dsigma = x has the end e^-1 * x. Twice the steps, half of the error, or about a third where the order is above 1.
+    """dx / dsigma = x has the end e^-1 * x. Twice the steps, half of the error, or a third where the order is above 1.
 
     Not a quarter or less: the first and the last steps are of lower orders.
     """
