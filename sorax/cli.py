@@ -57,7 +57,8 @@ def _parse(argv):
     encode.add_argument("--vae", default="", help="VAE: run, DiT run or diffusers folder (default: config.vae.path)")
     encode.add_argument("--out", default="", help="folder of the latents; train with --config.data.path=shards:FOLDER")
     encode.add_argument("--shards", type=int, default=0, help="number of files (default: as many as stay below 256 MB)")
-    encode.add_argument("--tokenizer", default="", help="run or latents whose tokenizer to use (default: a new one)")
+    encode.add_argument("--tokenizer", default="",
+                        help="folder with the one to use, or bytes (default: config.data.tokenizer)")  # fmt: skip
     encode.add_argument("--verify", default="", metavar="FOLDER", help="check latents that are there; writes nothing")
     encode.add_argument("--coordinator", default="", help="HOST:PORT of process 0, where several processes encode")
     encode.add_argument("--processes", type=int, default=1, help="how many there are")
@@ -133,7 +134,7 @@ def encode_verb(arguments, overrides):
 
     config = config_lib.load_config(arguments.config, overrides, complete)
     encode_experiment(config, arguments.vae, arguments.out, num_shards=arguments.shards,
-                      tokenizer_folder=arguments.tokenizer)  # fmt: skip
+                      tokenizer=arguments.tokenizer)  # fmt: skip
     print(f"latents: {arguments.out}, train with --config.data.path=shards:{arguments.out}")
 
 

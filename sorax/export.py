@@ -19,7 +19,14 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from data_pipelines.text_tokens import MARKS, MAX_TOKENS, Tokenizer
+from data_pipelines.text_tokens import (
+    BYTE_SENTINELS,
+    MARKS,
+    MAX_TOKENS,
+    SENTENCEPIECE_FILE,
+    TOKENIZER_FILE,
+    Tokenizer,
+)
 from sorax import convert
 from sorax.convert import Networks
 from sorax.dit import DiTConfig
@@ -78,9 +85,9 @@ def export_diffusers(
             ),
         }  # fmt: skip
         tokenizer.save(folder / "tokenizer")
-        _write_json(folder / "tokenizer" / "tokenizer_config.json", tokenizer_json())
+        _write_json(folder / "tokenizer" / "tokenizer_config.json", tokenizer_json(tokenizer))
         _write_json(folder / "scheduler" / "scheduler_config.json", scheduler_json(solver, shift))
-        _write_json(folder / "model_index.json", index_json(networks.text_config, solver, expand_timesteps))
+        _write_json(folder / "model_index.json", index_json(networks.text_config, tokenizer, solver, expand_timesteps))
         write_provenance(folder, metadata, "diffusers", dtype, tensors)
         (folder / "README.md").write_text(model_card(networks, metadata, "diffusers", dtype, out_dir))
     return pathlib.Path(out_dir)
@@ -177,17 +184,19 @@ def text_json(config: TextConfig) -> dict:
     }  # fmt: skip
 
 
-def tokenizer_json() -> dict:
-    """tokenizer_config.json of `PreTrainedTokenizerFast`, which reads tokenizer.json beside it."""
+def tokenizer_json(tokenizer: Tokenizer) -> dict:
+    """tokenizer_config.json, from which transformers makes the tokenizer, with its file beside it."""
     pad, eos, unk = MARKS
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": pad, "eos_token": eos, "unk_token": unk,
+    common = {
+        "tokenizer_class": tokenizer.hugging_face, "pad_token": pad, "eos_token": eos, "unk_token": unk,
         "model_max_length": MAX_TOKENS, "padding_side": "right", "clean_up_tokenization_spaces": False,
-        # transformers 4 would else switch it off in the tokenizer.json it reads.
-        "add_prefix_space": True,
         # A caption that spells "</s>" is a caption, not an instruction to the tokenizer.
         "split_special_tokens": True,
     }  # fmt: skip
+    if tokenizer.file == TOKENIZER_FILE:
+        # transformers 4 would else switch it off in the tokenizer.json it reads.
+        return common | {"add_prefix_space": True}
+    return common | {"extra_ids": 0 if tokenizer.file == SENTENCEPIECE_FILE else BYTE_SENTINELS}
 
 
 def scheduler_json(solver: str, shift: float) -> dict:
@@ -202,14 +211,14 @@ def scheduler_json(solver: str, shift: float) -> dict:
     }  # fmt: skip
 
 
-def index_json(text_config: TextConfig, solver: str, expand_timesteps: bool) -> dict:
+def index_json(text_config: TextConfig, tokenizer: Tokenizer, solver: str, expand_timesteps: bool) -> dict:
     """model_index.json of `WanPipeline`."""
     return {
         "_class_name": "WanPipeline", "_diffusers_version": DIFFUSERS_VERSION,
         "boundary_ratio": None, "expand_timesteps": expand_timesteps,
         "scheduler": ["diffusers", convert.SCHEDULERS[solver]],
         "text_encoder": ["transformers", _text_class(text_config)],
-        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+        "tokenizer": ["transformers", tokenizer.hugging_face],
         "transformer": ["diffusers", "WanTransformer3DModel"], "transformer_2": [None, None],
         "vae": ["diffusers", "AutoencoderKLWan"],
     }  # fmt: skip

@@ -98,6 +98,7 @@ class DataConfig:
     max_segments: int = 64
     val_samples: int = 64
     ranks: int = 0  # shares of a batch that have equal cost; 0: as many as the mesh has when the run starts
+    tokenizer: str = ""  # folder with one, or "bytes" (ByT5's); "": BPE, trained on the captions
     posterior: str = "mean"  # of latents: "mean", or "sample" for a new draw each time that a sample comes
 
 
