@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import signal
 import sys
 import threading
@@ -94,9 +95,10 @@ def _parse(argv):
     export = verb(export_verb, "export", "write the networks of a run, or its VAE alone, for other programs")
     export.add_argument("--run", required=True, dest="workdir", help="run folder, of a VAE for the VAE alone")
     export.add_argument("--out", required=True, help="new folder")
-    export.add_argument("--format", choices=("diffusers", "safetensors"), default="diffusers")
+    export.add_argument("--format", choices=("diffusers", "safetensors", "comfyui"), default="diffusers")
     export.add_argument("--dtype", choices=("f32", "bf16"), default="f32")
     export.add_argument("--weights", choices=("ema", "raw"), default="ema")
+    export.add_argument("--max-shard-size", default="5GB", help="of a file of weights, such as 500MB (default: 5GB)")
 
     cli_data.add_verbs(verbs)
 
@@ -184,8 +186,6 @@ def quickstart(arguments, _):
 
 
 def sample_verb(arguments, _):
-    import re
-
     from sorax import generate, media
     from sorax.runs import load_run
 
@@ -232,12 +232,17 @@ def _evaluate(workdir, out, clips, **settings):
 
 
 def export_verb(arguments, _):
-    _export(arguments.workdir, arguments.out, arguments.format, arguments.dtype, arguments.weights)
+    size = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG])I?B?", arguments.max_shard_size.upper())
+    if not size or not float(size[1]):
+        raise UserError(f"--max-shard-size {arguments.max_shard_size!r} is no size: write for example 5GB")
+    limit = int(float(size[1]) * {"K": 10**3, "M": 10**6, "G": 10**9}[size[2]])
+    _export(arguments.workdir, arguments.out, arguments.format, arguments.dtype, arguments.weights, limit)
     print(f"{arguments.format} folder: {arguments.out}")
 
 
-def _export(workdir, out, form, dtype, weights):
+def _export(workdir, out, form, dtype, weights, max_shard_bytes=5 * 10**9):
     from sorax import export
+    from sorax.export_comfyui import export_comfyui
     from sorax.export_vae import export_vae_folder
     from sorax.runs import kind_of, load_run
 
@@ -245,13 +250,13 @@ def _export(workdir, out, form, dtype, weights):
         if weights != "ema":
             raise UserError(f"{workdir!r} is a VAE, whose latent statistics are those of the EMA weights: export it "
                             "without --weights raw")  # fmt: skip
-        export_vae_folder(workdir, out, form=form, dtype=dtype)
+        export_vae_folder(workdir, out, form=form, dtype=dtype, max_shard_bytes=max_shard_bytes)
         return
-    run = load_run(workdir, weights)
-    write = {"diffusers": export.export_diffusers, "safetensors": export.export_safetensors}[form]
+    run = load_run(workdir, weights, stored=True)
+    write = dict(diffusers=export.export_diffusers, safetensors=export.export_safetensors, comfyui=export_comfyui)[form]
     how = run.sampling()
     write(run.networks, run.tokenizer, out, shift=how["shift"], solver=how["solver"], dtype=dtype,
-          metadata=run.metadata(weights))  # fmt: skip
+          metadata=run.metadata(weights), max_shard_bytes=max_shard_bytes)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ A folder is written under a temporary name beside its final one and renamed when
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -14,10 +13,7 @@ import shutil
 import tempfile
 
 import jax
-import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from data_pipelines.text_tokens import (
     BYTE_SENTINELS,
@@ -31,12 +27,11 @@ from sorax import convert
 from sorax.convert import Networks
 from sorax.dit import DiTConfig
 from sorax.errors import UserError
+from sorax.export_weights import MAX_SHARD_BYTES, write_json, write_model
 from sorax.sharding import path_string
 from sorax.text import TextConfig
 from sorax.vae import VAEConfig
 
-DTYPES = {"f32": np.dtype(np.float32), "bf16": np.dtype(ml_dtypes.bfloat16)}
-MAX_SHARD_BYTES = 5 * 10**9
 DIFFUSERS_VERSION = "0.35.0"  # the oldest that the folder is meant for
 
 
@@ -85,9 +80,9 @@ def export_diffusers(
             ),
         }  # fmt: skip
         tokenizer.save(folder / "tokenizer")
-        _write_json(folder / "tokenizer" / "tokenizer_config.json", tokenizer_json(tokenizer))
-        _write_json(folder / "scheduler" / "scheduler_config.json", scheduler_json(solver, shift))
-        _write_json(folder / "model_index.json", index_json(networks.text_config, tokenizer, solver, expand_timesteps))
+        write_json(folder / "tokenizer" / "tokenizer_config.json", tokenizer_json(tokenizer))
+        write_json(folder / "scheduler" / "scheduler_config.json", scheduler_json(solver, shift))
+        write_json(folder / "model_index.json", index_json(networks.text_config, tokenizer, solver, expand_timesteps))
         write_provenance(folder, metadata, "diffusers", dtype, tensors)
         (folder / "README.md").write_text(model_card(networks, metadata, "diffusers", dtype, out_dir))
     return pathlib.Path(out_dir)
@@ -110,7 +105,7 @@ def export_safetensors(
             tensors[part] = write_model(folder / part, part, names, params, settings, dtype, max_shard_bytes)
         tokenizer.save(folder)
         how = {"shift": shift, "solver": solver}
-        _write_json(folder / "config.json", {"format": "sorax", "code_version": code_version()} | how)
+        write_json(folder / "config.json", {"format": "sorax", "code_version": code_version()} | how)
         write_provenance(folder, metadata, "safetensors", dtype, tensors)
         (folder / "README.md").write_text(model_card(networks, metadata, "safetensors", dtype, out_dir))
     return pathlib.Path(out_dir)
@@ -144,7 +139,8 @@ def vae_problems(config: VAEConfig) -> list[str]:
 
 def own_names(params) -> list[convert.Name]:
     """The name table of our own format: every parameter under its path, as it is."""
-    return [convert.Name(path, path) for path in sorted(_leaves(params))]
+    paths = [path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    return [convert.Name(path, path) for path in sorted(paths)]
 
 
 def vae_json(config: VAEConfig, params) -> dict:
@@ -322,60 +318,10 @@ def _text_class(config: TextConfig) -> str:
     return "T5EncoderModel" if config.shared_bias else "UMT5EncoderModel"
 
 
-def _leaves(params) -> dict:
-    return {path_string(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-
-
-# The layer is an argument of the compiled function, so that all layers of a parameter share one.
-_layer = jax.jit(lambda x, i: jax.lax.dynamic_index_in_dim(x, i, keepdims=False))
-
-
-def _value(name: convert.Name, leaf, dtype) -> np.ndarray:
-    if name.layer is not None:
-        leaf = leaf[name.layer] if isinstance(leaf, np.ndarray) else _layer(leaf, name.layer)
-    value = np.asarray(leaf)
-    if not np.isfinite(value.astype(np.float32)).all():
-        raise UserError(f"parameter {name.ours} holds NaN or infinite values: export an earlier checkpoint")
-    return np.ascontiguousarray(name.to_theirs(value)).astype(dtype)
-
-
-def write_model(folder, stem, names, params, config, dtype, max_shard_bytes) -> dict[str, str]:
-    """Writes config.json and weights, sharded if large. Returns the sha256 of every tensor's bytes."""
-    if dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    leaves, dtype = _leaves(params), DTYPES[dtype]
-    sizes = {n.theirs: int(np.prod(n.shape(leaves), dtype=np.int64)) * dtype.itemsize for n in names}
-    shards, filled = [[]], 0
-    for name in names:
-        if shards[-1] and filled + sizes[name.theirs] > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += sizes[name.theirs]
-
-    _write_json(folder / "config.json", config)
-    hashes, weight_map = {}, {}
-    for i, shard in enumerate(shards, start=1):
-        file = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
-        values = {name.theirs: _value(name, leaves[name.ours], dtype) for name in shard}
-        save_file(values, folder / file, metadata={"format": "pt"})
-        hashes |= {key: hashlib.sha256(value.tobytes()).hexdigest() for key, value in values.items()}
-        weight_map |= dict.fromkeys(values, file)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        _write_json(folder / f"{stem}.safetensors.index.json", index)
-    return hashes
-
-
 def write_provenance(folder, metadata, fmt, dtype, tensors):
     """Writes provenance.json: the metadata, and the hash of every tensor, network by network."""
     record = {"code_version": code_version(), "format": fmt, "dtype": dtype, **metadata, "sha256": tensors}
-    _write_json(folder / "provenance.json", record)
-
-
-def _write_json(path, value):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2, default=str) + "\n")
+    write_json(folder / "provenance.json", record)
 
 
 @contextlib.contextmanager
@@ -391,7 +337,7 @@ def new_folder(out_dir):
         temporary.chmod(0o777 & ~_umask())
         yield temporary
         os.replace(temporary, out)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{out_dir} cannot be written ({reason}): free space or name another folder") from error
     finally:

@@ -108,8 +108,10 @@ def report_splits(workdir: str, step: int) -> dict:
     return report["splits"] if report["step"] == step else {}
 
 
-def load_run(workdir: str, weights: str = "ema") -> Run:
+def load_run(workdir: str, weights: str = "ema", *, stored: bool = False) -> Run:
     """The latest checkpoint of a run that `sorax train` wrote.
+
+    stored: parameters of DiT and text encoder stay on the disk (`checkpoint.StoredArray`).
 
     Raises:
         UserError: no run there, none of the needed kind, no checkpoint yet, or of another architecture; a tokenizer
@@ -124,7 +126,7 @@ def load_run(workdir: str, weights: str = "ema") -> Run:
     text_config = config_lib.build(TextConfig, config.text, "text")
     tokenizer = Tokenizer.load(workdir, text_config.vocab_size)
     shapes = dict(dit=functional.abstract(DiT, dit_config)[1], text=functional.abstract(TextEncoder, text_config)[1])
-    params, step = load_params(workdir, shapes, weights)
+    params, step = load_params(workdir, shapes, weights, stored=stored)
     networks = Networks(vae_config=vae_config, vae=vae_params, dit_config=dit_config, dit=params["dit"],
                         text_config=text_config, text=params["text"])  # fmt: skip
     return Run(workdir, config, step, networks, tokenizer)
@@ -225,12 +227,14 @@ def _identity(params) -> str:
     return digest.hexdigest()[:16]
 
 
-def load_params(workdir: str, shapes, weights: str):
-    """(parameters, step) of a run's latest checkpoint, on the first device."""
+def load_params(workdir: str, shapes, weights: str, *, stored: bool = False):
+    """(parameters, step) of a run's latest checkpoint, on the first device; or left on the disk."""
     place = SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
     checkpoints = Checkpoints(workdir)
     try:
+        if stored:
+            return checkpoints.stored(abstract, WEIGHTS[weights])
         step = checkpoints.latest_step()
         items, _ = checkpoints.restore({WEIGHTS[weights]: abstract}, step)
     finally:

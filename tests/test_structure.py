@@ -59,7 +59,7 @@ LIBRARIES = {
     "functional": {"jax", "flax"},
     "sharding": {"jax", "numpy"},
     "optim": {"jax", "optax"},
-    "checkpoint": {"jax", "orbax", "numpy"},
+    "checkpoint": {"jax", "orbax", "numpy", "tensorstore"},
     "errors": set(),
 }
 
