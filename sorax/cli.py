@@ -85,7 +85,7 @@ def _parse(argv):
     evaluate = verb(evaluate_verb, "evaluate", "score a run against exact ground truth, or a VAE by its copies")
     evaluate.add_argument("--run", required=True, dest="workdir", help="run folder, or a diffusers folder with a VAE")
     evaluate.add_argument("--out", default="report", help="folder for scores.json, scores.md and pictures")
-    evaluate.add_argument("--clips", type=int, default=0, help="clips of each split (default: the config's)")
+    evaluate.add_argument("--clips", type=int, default=None, help="clips of each split (default: the config's)")
 
     evaluate.add_argument("--data", default="", help="of a VAE: folder of videos, or world (default: the run's data)")
     evaluate.add_argument("--data.KEY=VALUE", dest="_", help="override a key of it, such as --data.max_tokens=4096")
@@ -226,7 +226,9 @@ def evaluate_verb(arguments, overrides):
 def _evaluate(workdir, out, clips, **settings):
     from sorax import evaluate
 
-    scores = evaluate.evaluate_folder(workdir, out, num_clips=clips or None, **settings)
+    if clips is not None and clips < 1:
+        raise UserError(f"--clips {clips}: score at least 1 clip of each split")
+    scores = evaluate.evaluate_folder(workdir, out, num_clips=clips, **settings)
     print("\n".join(evaluate.summary_lines(scores)))
     print(f"report: {out}")
 

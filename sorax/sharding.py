@@ -102,8 +102,8 @@ def video_sharding(mesh: Mesh, rows: int, columns: int, whole_batch: bool = Fals
         return NamedSharding(mesh, PartitionSpec(batch, None, "context" if parts > 1 else None))
     if columns % parts == 0:
         return NamedSharding(mesh, PartitionSpec(batch, None, None, "context"))
-    raise UserError(f"latents of {rows} x {columns} (h x w) cannot be split over {parts} devices: set "
-                    "config.mesh.context to a number that divides one of them, or crop the video")  # fmt: skip
+    raise UserError(f"latents of {rows} x {columns} (h x w) cannot be split over {parts} devices: make the "
+                    "mesh's context axis (config.mesh.context) divide one of them, or crop the video")  # fmt: skip
 
 
 def put_batch(batch, mesh: Mesh):
