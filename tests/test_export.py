@@ -24,6 +24,7 @@ from sorax.export_comfyui import export_comfyui
 from sorax.export_weights import write_safetensors
 from sorax.functional import abstract, count
 from sorax.generate import Generator, Request
+from sorax.sharding import path_string
 from sorax.text import TextConfig, TextEncoder
 from sorax.vae import VAE, VAEConfig
 
@@ -72,7 +73,7 @@ FULL_SIZES = {  # tensors and parameters of the published models
 def test_names_cover_every_parameter_of_full_size_models_once(name):
     cls, table, config, num_tensors, num_parameters = FULL_SIZES[name]
     names, shapes = table(config), abstract(cls, config)[1]
-    leaves = {convert.path_string(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
+    leaves = {path_string(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
     ours = [(n.ours, n.layer) for n in names]
     layers = {path: leaf.shape[0] if path.startswith("blocks/") else None for path, leaf in leaves.items()}
     expected = {(path, i) for path, n in layers.items() for i in (range(n) if n else [None])}

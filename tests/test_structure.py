@@ -49,6 +49,7 @@ LOWER = {
     "metrics": ("errors", "parser"),
     "parser": ("errors", "shape_match"),
     "shape_match": ("errors",),
+    "read_weights": ("errors", "sharding"),
 }
 # Libraries that they may import besides the standard one; a module that is not named may import any.
 LIBRARIES = {
