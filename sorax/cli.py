@@ -96,7 +96,8 @@ def _parse(argv):
     export.add_argument("--run", required=True, dest="workdir", help="run folder, of a VAE for the VAE alone")
     export.add_argument("--out", required=True, help="new folder")
     export.add_argument("--format", choices=("diffusers", "safetensors", "comfyui"), default="diffusers")
-    export.add_argument("--dtype", choices=("f32", "bf16"), default="f32")
+    export.add_argument("--dtype", choices=("auto", "f32", "bf16"), default="auto",
+                        help="auto: as imported, or f32 where it was trained")  # fmt: skip
     export.add_argument("--weights", choices=("ema", "raw"), default="ema")
     export.add_argument("--max-shard-size", default="5GB", help="of a file of weights, such as 500MB (default: 5GB)")
 
@@ -171,7 +172,7 @@ def quickstart(arguments, _):
     if not os.path.exists(os.path.join(report, "scores.json")):
         _evaluate(workdir, report, 0)
     if not os.path.exists(exported):
-        _export(workdir, exported, "diffusers", "f32", "ema")
+        _export(workdir, exported, "diffusers", "auto", "ema")
     minutes, seconds = divmod(int(time.monotonic() - began), 60)
     with open(os.path.join(report, "scores.md")) as f:
         print("\n" + f.read())

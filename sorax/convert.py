@@ -14,7 +14,7 @@ import numpy as np
 from sorax.dit import DiT, DiTConfig
 from sorax.errors import UserError
 from sorax.functional import abstract
-from sorax.read_weights import load, open_params, read_json
+from sorax.read_weights import load, open_params, read_json, tensor_files
 from sorax.text import TextConfig, TextEncoder
 from sorax.vae import VAE, VAEConfig
 
@@ -171,6 +171,7 @@ TEXT_FIELDS = dict(
     layer_norm_epsilon="eps",
 )  # fmt: skip
 TEXT_FIXED = dict(feed_forward_proj="gated-gelu")
+TEXT_ALIASES = {"encoder.embed_tokens.weight": "shared.weight"}  # the same table; some writers keep both names
 # Solvers of `sorax.sampler`, and the schedulers that are the same.
 SCHEDULERS = {
     "euler": "FlowMatchEulerDiscreteScheduler", "unipc": "UniPCMultistepScheduler",
@@ -266,17 +267,22 @@ def open_diffusers(folder) -> Pipeline:
     return Pipeline(vae_config, vae, dit_config, dit, text_config, text, scheduler, expand)
 
 
+def read_dit_config(path) -> DiTConfig:
+    """Config of a `WanTransformer3DModel` from its config.json. Raises UserError as `open_diffusers` does."""
+    return _config(DiTConfig, path, DIT_FIELDS, DIT_FIXED)[0]
+
+
 def open_dit(folder):
     """Config and parameters (`read_weights.StoredParam`) of a `WanTransformer3DModel` folder.
 
-    Raises UserError as `read_diffusers` does.
+    Raises UserError as `open_diffusers` does.
     """
-    config, _ = _config(DiTConfig, folder / "config.json", DIT_FIELDS, DIT_FIXED)
-    return config, open_params(folder, WEIGHTS, dit_names(config), abstract(DiT, config)[1])
+    config, files = read_dit_config(folder / "config.json"), tensor_files(folder, WEIGHTS)
+    return config, open_params(folder, files, dit_names(config), abstract(DiT, config)[1])
 
 
 def read_vae_config(folder):
-    """Config and latent statistics of an `AutoencoderKLWan` folder. Raises UserError as `read_diffusers` does."""
+    """Config and latent statistics of an `AutoencoderKLWan` folder. Raises UserError as `open_diffusers` does."""
     path = folder / "config.json"
     raw = read_json(path)
     patch = raw.get("patch_size") or 1
@@ -295,19 +301,22 @@ def read_vae_config(folder):
 
 def open_vae(folder):
     """Config and parameters of an `AutoencoderKLWan` folder, as `open_dit`."""
-    config, stats = read_vae_config(folder)
-    return config, open_params(folder, WEIGHTS, vae_names(config), abstract(VAE, config)[1], stats)
+    (config, stats), files = read_vae_config(folder), tensor_files(folder, WEIGHTS)
+    return config, open_params(folder, files, vae_names(config), abstract(VAE, config)[1], stats)
+
+
+def read_text_config(path) -> TextConfig:
+    """Config of a UMT5 or T5 encoder from its config.json. Raises UserError as `open_diffusers` does."""
+    kind = read_json(path).get("model_type")
+    if kind not in ("umt5", "t5"):
+        raise UserError(f"{path}: model_type {kind!r} is not supported, only umt5 and t5: use another text encoder")
+    return _config(TextConfig, path, TEXT_FIELDS, TEXT_FIXED, shared_bias=kind == "t5")[0]
 
 
 def open_text(folder):
     """Config and parameters of a UMT5 or T5 encoder folder, as `open_dit`."""
-    path = folder / "config.json"
-    kind = read_json(path).get("model_type")
-    if kind not in ("umt5", "t5"):
-        raise UserError(f"{path}: model_type {kind!r} is not supported, only umt5 and t5: use another text encoder")
-    config, _ = _config(TextConfig, path, TEXT_FIELDS, TEXT_FIXED, shared_bias=kind == "t5")
-    aliases = {"encoder.embed_tokens.weight": "shared.weight"}  # the same table; some writers keep both names
-    return config, open_params(folder, TEXT_WEIGHTS, text_names(config), abstract(TextEncoder, config)[1], {}, aliases)
+    config, files = read_text_config(folder / "config.json"), tensor_files(folder, TEXT_WEIGHTS)
+    return config, open_params(folder, files, text_names(config), abstract(TextEncoder, config)[1], aliases=TEXT_ALIASES)
 
 
 def read_vae(folder):

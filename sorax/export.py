@@ -36,7 +36,7 @@ DIFFUSERS_VERSION = "0.35.0"  # the oldest that the folder is meant for
 
 
 def export_diffusers(
-    networks: Networks, tokenizer: Tokenizer, out_dir, *, shift: float, solver: str = "euler", dtype: str = "f32",
+    networks: Networks, tokenizer: Tokenizer, out_dir, *, shift: float, solver: str = "euler", dtype: str = "auto",
     metadata: dict | None = None, expand_timesteps: bool = False, max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> pathlib.Path:  # fmt: skip
     """Writes a folder that `diffusers.WanPipeline.from_pretrained` loads.
@@ -48,7 +48,7 @@ def export_diffusers(
         tokenizer: of the captions that the text encoder reads.
         out_dir: a new or empty folder.
         shift, solver: of sampling, see `sorax.sampler.make_solver`.
-        dtype: "f32" or "bf16", of the weights.
+        dtype: "f32" or "bf16", of the weights; "auto": as they were read from a file, f32 where they were trained.
         metadata: for the model card and provenance.json, all optional: name, license, step, weights ("ema", "raw"),
             config (the experiment's), data (a sentence), scores (flat dict), hardware, and sample: a dict of prompt,
             height, width, num_frames, fps, num_steps, guidance_scale that is a good first call.
@@ -89,7 +89,7 @@ def export_diffusers(
 
 
 def export_safetensors(
-    networks: Networks, tokenizer: Tokenizer, out_dir, *, shift: float, solver: str = "euler", dtype: str = "f32",
+    networks: Networks, tokenizer: Tokenizer, out_dir, *, shift: float, solver: str = "euler", dtype: str = "auto",
     metadata: dict | None = None, max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> pathlib.Path:  # fmt: skip
     """Writes our own parameter names (paths with slashes, layers stacked): vae/, dit/, text/, each with config.json.

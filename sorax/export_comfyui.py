@@ -34,7 +34,7 @@ prompts that were tokenised with that.
 
 
 def export_comfyui(
-    networks: Networks, tokenizer: Tokenizer, out_dir, *, shift: float, solver: str = "euler", dtype: str = "bf16",
+    networks: Networks, tokenizer: Tokenizer, out_dir, *, shift: float, solver: str = "euler", dtype: str = "auto",
     metadata: dict | None = None, max_shard_bytes: int = 0,
 ) -> pathlib.Path:  # fmt: skip
     """Writes diffusion_models/, vae/ and text_encoders/, each with one safetensors file.

@@ -70,7 +70,7 @@ def export_vae_folder(path: str, out_dir, **settings) -> pathlib.Path:
 
 
 def export_vae(
-    config: VAEConfig, params, out_dir, *, form: str = "diffusers", dtype: str = "f32", metadata: dict | None = None,
+    config: VAEConfig, params, out_dir, *, form: str = "diffusers", dtype: str = "auto", metadata: dict | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> pathlib.Path:  # fmt: skip
     """Writes config.json, weights, provenance.json and a model card of a VAE.
@@ -79,7 +79,7 @@ def export_vae(
         out_dir: a new or empty folder.
         form: "diffusers" for a folder that `AutoencoderKLWan.from_pretrained` and `open_vae` load, "safetensors" for
             our own parameter names.
-        dtype: "f32" or "bf16", of the weights.
+        dtype: "f32" or "bf16", of the weights; "auto": as they were read from a file, f32 where they were trained.
         metadata: for the model card and provenance.json, all optional: name, license, step, config, data (a sentence),
             scores (flat dict).
         max_shard_bytes: weights are split into files of at most this size.

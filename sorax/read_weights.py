@@ -59,11 +59,12 @@ class StoredParam:
         return name.to_ours(value)
 
 
-def open_params(folder, stem, names, shapes, extra=None, aliases=None):
-    """The parameters of one network in the safetensors files of a folder, none of them read yet.
+def open_params(where, files, names, shapes, extra=None, aliases=None):
+    """The parameters of one network in safetensors files, none of them read yet.
 
     Args:
-        stem: of the file names; names: its table of `convert.Name`; shapes: tree of ShapeDtypeStruct of our parameters.
+        where: what errors call the place. files: tensor name -> file, `tensor_files`.
+        names: its table of `convert.Name`; shapes: tree of ShapeDtypeStruct of our parameters.
         extra: path -> array, parameters that are not among the tensors.
         aliases: name -> other name of the same tensor.
 
@@ -74,7 +75,7 @@ def open_params(folder, stem, names, shapes, extra=None, aliases=None):
         UserError: tensors are missing, not expected, of another shape or of a dtype that is not read; or a file is
             damaged, a pickle or not there. All that is wrong is said at once, before gigabytes are read.
     """
-    files, aliases, extra = tensor_files(folder, stem), aliases or {}, extra or {}
+    files, aliases, extra = dict(files), aliases or {}, extra or {}
     for alias, name in aliases.items():
         if alias in files:
             files.setdefault(name, files[alias])
@@ -100,7 +101,7 @@ def open_params(folder, stem, names, shapes, extra=None, aliases=None):
                 if dtype not in DTYPES:
                     strange.append(f"{key} is {dtype}")
                 parts.setdefault(name.ours, {})[name.layer] = name, path, key, dtype
-    refuse(folder, {
+    refuse(where, {
         "lacks {} tensor(s)": expected - files.keys(),
         "has unexpected {} tensor(s)": files.keys() - expected - aliases.keys(),
         "has {} tensor(s) of another shape": misshapen,
@@ -156,11 +157,25 @@ def tensor_files(folder, stem) -> dict[str, pathlib.Path]:
     if single.exists():
         with open_safetensors(single) as tensors:
             return dict.fromkeys(tensors.keys(), single)
-    pickles = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-    if pickles:
-        raise UserError(f"{folder}: {pickles[0]} is a pickle, which sorax does not open (it may run any code): load it "
-                        "with its own library and save it with safe_serialization=True")  # fmt: skip
+    refuse_pickle(folder)
     raise UserError(f"{folder} has neither {single.name} nor {index.name}: not a complete model folder")
+
+
+def refuse_pickle(path):
+    """Raises UserError where a file is a pickle, or a folder has one."""
+    path = pathlib.Path(path)
+    files = sorted(path.glob("*")) if path.is_dir() else [path]
+    pickles = [file.name for file in files if file.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+    if pickles:
+        raise UserError(f"{path}: {pickles[0]} is a pickle, which sorax does not open (it may run any code): load it "
+                        "with its own library and save it with safe_serialization=True, or its tensors with "
+                        "safetensors.torch.save_file")  # fmt: skip
+
+
+def tensor_shapes(path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of one safetensors file."""
+    with open_safetensors(path) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
 def open_safetensors(path):

@@ -385,7 +385,7 @@ def test_files_that_are_written_piece_by_piece_are_safetensors(tmp_path):
     values = {name: np.random.default_rng(i).standard_normal(shape).astype(np.float32)
               for i, (name, shape) in enumerate({"a": (3, 4), "b": (), "c": (0, 2), "d": (5,)}.items())}  # fmt: skip
     hashes = write_safetensors(
-        tmp_path / "x.safetensors", {k: (v.shape, list(v) if v.ndim == 2 else [v]) for k, v in values.items()}, "f32"
+        tmp_path / "x.safetensors", {k: (v.shape, v.dtype, list(v) if v.ndim == 2 else [v]) for k, v in values.items()}
     )
     found = load_file(tmp_path / "x.safetensors")
     assert_trees_equal(found, values)
