@@ -316,7 +316,7 @@ def read_text_config(path) -> TextConfig:
 def open_text(folder):
     """Config and parameters of a UMT5 or T5 encoder folder, as `open_dit`."""
     config, files = read_text_config(folder / "config.json"), tensor_files(folder, TEXT_WEIGHTS)
-    return config, open_params(folder, files, text_names(config), abstract(TextEncoder, config)[1], aliases=TEXT_ALIASES)
+    return config, open_params(folder, files, text_names(config), abstract(TextEncoder, config)[1], None, TEXT_ALIASES)
 
 
 def read_vae(folder):
