@@ -80,6 +80,9 @@ def _parse(argv):
     sample.add_argument("--shift", type=float, default=None, help="noise schedule shift (default: the config's)")
     sample.add_argument("--seed", type=int, default=0, help="noise seed; prompt k of several uses seed + k")
     sample.add_argument("--weights", choices=("ema", "raw"), default="ema")
+    sample.add_argument("--noise", default="", metavar="FILE.npy", help="initial noise [B, t, h, w, C], one a prompt")
+    sample.add_argument("--save-latents", default="", metavar="FILE.npy",
+                        help="keep the final latents [B, t, h, w, C], normalised, as before decoding")  # fmt: skip
     sample.add_argument("--out", default="sample.mp4", help=".mp4, .gif or .png; several prompts are numbered")
 
     evaluate = verb(evaluate_verb, "evaluate", "score a run against exact ground truth, or a VAE by its copies")
@@ -100,6 +103,14 @@ def _parse(argv):
                         help="auto: as imported, or f32 where it was trained")  # fmt: skip
     export.add_argument("--weights", choices=("ema", "raw"), default="ema")
     export.add_argument("--max-shard-size", default="5GB", help="of a file of weights, such as 500MB (default: 5GB)")
+
+    imported = verb(import_verb, "import", "make a run of open weights, to sample, train, evaluate and export")
+    imported.add_argument("--from", required=True, dest="source",
+                          help="WanPipeline folder, ComfyUI export, or a transformer's safetensors file")  # fmt: skip
+    imported.add_argument("--workdir", required=True, help="new run folder")
+    for name, what in (("vae", "safetensors file or AutoencoderKLWan folder"), ("text", "UMT5 or T5 folder"),
+                       ("tokenizer", "folder with a tokenizer (default: that of --text)")):  # fmt: skip
+        imported.add_argument(f"--{name}", default="", help=f"with a transformer's file: {what}")
 
     cli_data.add_verbs(verbs)
 
@@ -211,12 +222,39 @@ def sample_verb(arguments, _):
     given = dict(num_steps=arguments.steps or None, solver=arguments.solver or None, guidance_scale=arguments.guidance,
                  shift=arguments.shift)  # fmt: skip
     sampling = run.sampling() | {name: value for name, value in given.items() if value is not None}
-    requests = [generate.Request(prompt, *legal, seed=arguments.seed + k, negative_prompt=arguments.negative_prompt)
-                for k, prompt in enumerate(arguments.prompt)]  # fmt: skip
-    videos = run.generator().videos(requests, **sampling)
+    noise = _read_noise(arguments.noise, len(arguments.prompt))
+    if arguments.save_latents and not arguments.save_latents.endswith(".npy"):
+        raise UserError(f"--save-latents {arguments.save_latents!r}: arrays are written as .npy files")
+    requests = [
+        generate.Request(prompt, *legal, seed=arguments.seed + k, negative_prompt=arguments.negative_prompt,
+                         noise=noise[k])
+        for k, prompt in enumerate(arguments.prompt)
+    ]
+    generator = run.generator()
+    latents = generator.latents(requests, **sampling)
+    if arguments.save_latents:
+        media.write_array(arguments.save_latents, latents)
+        print(f"{arguments.save_latents}: final latents")
+    videos = generator.codec.decode(latents)
     for out, video, prompt in zip(outs, videos, arguments.prompt):
         media.write_video(out, video, arguments.fps or fps)
         print(f"{out}: {prompt}")
+
+
+def _read_noise(path, count):
+    """The noise of each prompt from a .npy file; None each if there is none."""
+    import numpy as np
+
+    if not path:
+        return [None] * count
+    try:
+        noise = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--noise {path!r} cannot be read ({error}): write it with numpy.save") from error
+    if noise.ndim != 5 or len(noise) != count or not np.issubdtype(noise.dtype, np.floating):
+        raise UserError(f"--noise {path!r} holds {noise.dtype} {list(noise.shape)}: it must be floats "
+                        f"[{count}, t, h, w, C], one noise a prompt")  # fmt: skip
+    return list(noise)
 
 
 def evaluate_verb(arguments, overrides):
@@ -232,6 +270,14 @@ def _evaluate(workdir, out, clips, **settings):
     scores = evaluate.evaluate_folder(workdir, out, num_clips=clips, **settings)
     print("\n".join(evaluate.summary_lines(scores)))
     print(f"report: {out}")
+
+
+def import_verb(arguments, _):
+    from sorax.import_wan import import_run
+
+    import_run(arguments.source, arguments.workdir, vae=arguments.vae, text=arguments.text,
+               tokenizer=arguments.tokenizer)  # fmt: skip
+    print(f"run: {arguments.workdir} (its config.json can be trained with --config, and --config.data.path=...)")
 
 
 def export_verb(arguments, _):

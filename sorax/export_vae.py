@@ -9,7 +9,7 @@ from sorax import convert, export
 from sorax.errors import UserError
 from sorax.export_weights import MAX_SHARD_BYTES, write_model
 from sorax.functional import count
-from sorax.runs import kind_of, open_vae, report_splits
+from sorax.runs import kind_of, open_vae, report_splits, stored_vae
 from sorax.vae import VAEConfig
 
 SCORES = (("psnr", "PSNR in dB", ".2f"), ("ssim", "SSIM", ".4f"), ("lpips", "LPIPS", ".4f"),
@@ -59,7 +59,8 @@ holds the hyper-parameters."""
 
 def export_vae_folder(path: str, out_dir, **settings) -> pathlib.Path:
     """Exports the VAE that a folder holds, a finished run or what else `open_vae` takes; settings as `export_vae`'s."""
-    vae_config, params, identity = open_vae(path)
+    identity = open_vae(path)[2]
+    vae_config, params = stored_vae(path)
     metadata = dict(name=os.path.basename(os.path.abspath(path)), identity=identity)
     if kind_of(path) == "vae":
         config = config_lib.read_config(path)

@@ -126,7 +126,7 @@ def place(params, shardings):
     def put(leaf, sharding):
         def part(index):
             if not getattr(leaf, "is_stacked", False):
-                return np.asarray(leaf, np.float32)[index]
+                return np.asarray(leaf[index], np.float32)
             layers = range(*index[0].indices(leaf.shape[0]))
             return np.stack([np.asarray(leaf[layer][index[1:]], np.float32) for layer in layers])
 
