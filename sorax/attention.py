@@ -126,7 +126,7 @@ def _backward(implementation, scale, *args):
     return _on_platform(implementation, "backward", scale)(*args)
 
 
-# The platform is chosen inside of the rules: a gradient through `platform_dependent` would keep what every branch wants.
+# The platform is chosen inside the rules: a gradient through `platform_dependent` would keep what any branch wants.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _blocked(implementation, scale, q, k, v, q_ids, kv_ids, key_bias):
     return _forward(implementation, scale, q, k, v, q_ids, kv_ids, key_bias)[0]

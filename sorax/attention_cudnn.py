@@ -15,8 +15,8 @@ try:
     _attention, _packed = cudnn.dot_product_attention, cudnn.MaskType.PADDING
 except (ImportError, AttributeError) as error:
     raise ImportError(
-        f"jax {jax.__version__} has not the cuDNN attention that sorax calls ({error}): use a jax from 0.10.2 up to but "
-        "not with 0.12, or attention(..., implementation='triton')"
+        f"jax {jax.__version__} has not the cuDNN attention that sorax calls ({error}): use a jax from 0.10.2 up to "
+        "but not with 0.12, or attention(..., implementation='triton')"
     ) from error
 
 MAX_SEGMENTS = 64  # of a row; the kernels' statistics take room in proportion
