@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 IMPLEMENTATIONS = ("auto", "dense", "blocked", "splash", "triton", "cudnn")
-SMALL = 128  # tokens of a row up to which there are no blocks to skip, and dense attention is the fastest
+SMALL = 192 * 192  # queries times keys of a row; measured on a CPU, where blocks pay above (experiments/bench/attention.py)
 MASKED = -1e30  # finite, so that a padding query (which may see nothing) gives zeros and no NaN gradient
 
 
@@ -32,7 +32,7 @@ def attention(q, k, v, q_segment_ids, kv_segment_ids, *, key_bias=None, bias=Non
             "blocked": plain XLA, for CPUs. "splash": Pallas for TPUs. "triton": Pallas for GPUs.
             "cudnn": NVIDIA's packed kernels, Hopper or later, 16-bit floats, no key_bias, segments contiguous and
             ascending (else the output is NaN).
-            "auto": dense for rows of up to `SMALL` tokens and where there is a `bias`; cudnn where this process has
+            "auto": dense for up to `SMALL` pairs of tokens a row and where there is a `bias`; cudnn where this process has
             a GPU for it and the arguments allow it; else the one of the platform that the program is compiled for,
             which need not be that of this process.
             On other platforms than theirs, "splash" and "triton" are interpreted: slow, for tests.
@@ -62,7 +62,7 @@ def attention(q, k, v, q_segment_ids, kv_segment_ids, *, key_bias=None, bias=Non
 
 
 def _choose(q, k, v, key_bias, bias):
-    if bias is not None or max(q.shape[1], k.shape[1]) <= SMALL:
+    if bias is not None or q.shape[1] * k.shape[1] <= SMALL:
         return "dense"
     if jax.default_backend() == "gpu" and key_bias is None:
         from sorax import attention_cudnn
