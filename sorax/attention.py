@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 IMPLEMENTATIONS = ("auto", "dense", "blocked", "splash", "triton", "cudnn")
-SMALL = 192 * 192  # queries times keys of a row; measured on a CPU, where blocks pay above (experiments/bench/attention.py)
+# Queries times keys of a row up to which dense attention is the faster: measured on a CPU, where blocks pay above it.
+SMALL = 192 * 192
 MASKED = -1e30  # finite, so that a padding query (which may see nothing) gives zeros and no NaN gradient
 
 
@@ -32,9 +33,9 @@ def attention(q, k, v, q_segment_ids, kv_segment_ids, *, key_bias=None, bias=Non
             "blocked": plain XLA, for CPUs. "splash": Pallas for TPUs. "triton": Pallas for GPUs.
             "cudnn": NVIDIA's packed kernels, Hopper or later, 16-bit floats, no key_bias, segments contiguous and
             ascending (else the output is NaN).
-            "auto": dense for up to `SMALL` pairs of tokens a row and where there is a `bias`; cudnn where this process has
-            a GPU for it and the arguments allow it; else the one of the platform that the program is compiled for,
-            which need not be that of this process.
+            "auto": dense for up to `SMALL` pairs of tokens a row and where there is a `bias`; cudnn where this process
+            has a GPU for it and the arguments allow it; else the one of the platform that the program is compiled
+            for, which need not be that of this process.
             On other platforms than theirs, "splash" and "triton" are interpreted: slow, for tests.
 
     Returns:
