@@ -109,7 +109,7 @@ class Attention(nnx.Module):
         self.norm_k = nnx.Param(jnp.ones(D))
         self.num_heads, self.eps = config.num_heads, config.eps
 
-    def __call__(self, x, context, x_segment_ids, context_segment_ids, rope=None, bias=None):
+    def __call__(self, x, context, x_segment_ids, context_segment_ids, rope=None, key_bias=None):
         q = rms_norm(self.q(x), self.norm_q[...], self.eps)
         k = rms_norm(self.k(context), self.norm_k[...], self.eps)
         q, k, v = (
@@ -117,7 +117,7 @@ class Attention(nnx.Module):
         )
         if rope is not None:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        out = attention(q, k, v, x_segment_ids, context_segment_ids, bias=bias)
+        out = attention(q, k, v, x_segment_ids, context_segment_ids, key_bias=key_bias)
         return self.o(einops.rearrange(out, "b n k a -> b n (k a)"))
 
 
@@ -149,7 +149,7 @@ class Block(nnx.Module):
         x = (x.astype(jnp.float32) + h * gate1).astype(dtype)
 
         h = (layer_norm(x, self.eps) * self.norm_scale[...] + self.norm_bias[...]).astype(dtype)
-        x = x + self.cross_attention(h, row["text"], ids, row["text_segment_ids"], bias=row["text_bias"])
+        x = x + self.cross_attention(h, row["text"], ids, row["text_segment_ids"], key_bias=row["text_bias"])
 
         h = (layer_norm(x, self.eps) * (1 + scale2) + shift2).astype(dtype)
         h = self.mlp_out(jax.nn.gelu(self.mlp_in(h), approximate=True))
@@ -208,7 +208,7 @@ class DiT(nnx.Module):
             level_one_hot=jax.nn.one_hot(level_index, levels.shape[1], dtype=jnp.float32),
             text=self.text_out(jax.nn.gelu(self.text_in(text), approximate=True)),
             text_segment_ids=text_segment_ids,
-            text_bias=text_bias[:, None, None, :],
+            text_bias=text_bias,
         )
         graphdef, layers = nnx.split(self.blocks)
 

@@ -28,12 +28,15 @@ EXPERIMENTS = sorted(path for path in (ROOT / "experiments").glob("*.py") if "de
 MAX_LINES = 450
 
 MODELS = ("vae", "dit", "text", "captioner", "attention")
+KERNELS = ("attention_cpu", "attention_cudnn", "attention_gpu", "attention_tpu")  # imported where they are called
 # Of sorax, what each of the lower modules may import; whatever is not named here stands above all of them.
 LOWER = {
     "errors": (),
     "backend": ("errors",),
     "patchify": (),
     **dict.fromkeys(MODELS, ("patchify", "attention", "linear", "conv")),
+    "attention_blocks": (),
+    **dict.fromkeys(KERNELS, ("attention_blocks",)),
     "conv": (),
     "linear": (),
     "flow": (),
@@ -54,7 +57,7 @@ LOWER = {
 # Libraries that they may import besides the standard one; a module that is not named may import any.
 LIBRARIES = {
     "patchify": {"numpy", "einops"},
-    **{name: {"jax", "flax", "numpy", "einops"} for name in MODELS},
+    **{name: {"jax", "flax", "numpy", "einops"} for name in (*MODELS, *KERNELS, "attention_blocks")},
     "flow": {"jax", "numpy"},
     "sampler": {"jax", "numpy"},
     "functional": {"jax", "flax"},
