@@ -41,6 +41,7 @@ class Objective:
         evaluate: (state, step, folder) -> (metrics, {name: uint8 video}, fps).
         averaged: params -> those of which an EMA is kept.
         finish: params (or their EMA) -> the same, when training ends.
+        lr_factor: (path, shape) of a parameter -> factor on its learning rate; or None.
     `identity` says which data in which order; a checkpoint of another does not go on. `optims` has the optimizer of
     each network, by its name in the parameters, or of all of them under "". `constants`: arrays that the loss needs
     and nobody learns.
@@ -57,6 +58,7 @@ class Objective:
     start: Callable = lambda params: params
     averaged: Callable = lambda params: params
     finish: Callable = lambda params: params
+    lr_factor: Callable | None = None
     constants: Any = dataclasses.field(default_factory=dict)
 
 
