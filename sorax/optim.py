@@ -75,7 +75,7 @@ def learning_rate(config: OptimConfig, num_steps: int):
     if config.schedule == "constant":
         after, begin = optax.constant_schedule(lr), warmup
     elif config.schedule == "inverse_sqrt":
-        after, begin = lambda step: lr * jnp.sqrt(max(warmup, 1) / (max(warmup, 1) + step)), warmup
+        after, begin = lambda step: lr * (1 + jnp.maximum(step, 0) / max(warmup, 1)) ** -0.5, warmup
     else:  # a line down, from the end of the warm-up on or later
         share = config.decay_fraction if config.schedule == "wsd" else 1.0
         begin = max(warmup, last - round(share * last))

@@ -29,7 +29,6 @@ from make_dit_fixtures import CONFIGS, SAMPLES, draw_weight, inputs  # noqa: E40
 TOLERANCE = 1e-4
 REFERENCE = np.load(FIXTURES / "dit.npz")
 PUBLISHED = json.loads((FIXTURES / "wan_tensors.json").read_text())
-NUM_PAD = 5  # padding tokens and text slots, at the end of a packed row
 
 
 def write_folder(folder, name):
@@ -55,10 +54,12 @@ def to_theirs(config, params):
     return {n.theirs: n.to_theirs(np.asarray(layer(n))) for n in convert.dit_names(config)}
 
 
-def row_of(name, samples, config, num_pad):
-    """Arguments of the network, weights of the velocity, and (latent shape, first token, first slot, level of each
-    token) of each sample."""
-    parts = {key: [] for key in ("tokens", "positions", "segment_ids", "level_index", "weights", "text", "used")}
+def row_of(name, samples, config, like=None):
+    """Fields of one row, and (latent shape, first token, first slot, level of each token) of each of its samples.
+
+    like: a row whose lengths this one is padded to.
+    """
+    row = {key: [] for key in ("tokens", "positions", "segment_ids", "level_index", "weights", "text", "used")}
     text_ids, levels, places = [], [0.0], []
     for segment, sample in enumerate(samples, start=1):
         case = inputs(name, sample)
@@ -66,46 +67,35 @@ def row_of(name, samples, config, num_pad):
         tokens, caption = patchify(latents, config.patch_size), case["caption"][0]
         timesteps, index = np.unique(case["timestep"], return_inverse=True)
         unused = len(caption) < MAX_SLOTS  # one slot stands for all that the caption leaves
-        place = (latents.shape[:3], sum(map(len, parts["tokens"])), len(text_ids),
+        place = (latents.shape[:3], sum(map(len, row["tokens"])), len(text_ids),
                  np.broadcast_to(len(levels) + index.ravel(), len(tokens)))  # fmt: skip
         places.append(place)
-        parts["level_index"].append(place[-1])
+        row["level_index"].append(place[-1])
         levels += list(timesteps / 1000)
-        parts["tokens"].append(tokens)
-        parts["weights"].append(patchify(weights, config.patch_size))
-        parts["positions"].append(positions(*place[0], config.patch_size))
-        parts["segment_ids"].append(np.full(len(tokens), segment))
-        parts["text"].append(np.pad(caption, ((0, unused), (0, 0))))
-        parts["used"].append(np.arange(len(caption) + unused) < len(caption))
+        row["tokens"].append(tokens)
+        row["weights"].append(patchify(weights, config.patch_size))
+        row["positions"].append(positions(*place[0], config.patch_size))
+        row["segment_ids"].append(np.full(len(tokens), segment))
+        row["text"].append(np.pad(caption, ((0, unused), (0, 0))))
+        row["used"].append((np.arange(len(caption) + unused) < len(caption)).astype(np.int32))
         text_ids += [segment] * (len(caption) + unused)
-    row = {key: np.concatenate(value) for key, value in parts.items()} | dict(text_ids=np.array(text_ids))
-    row = {k: jnp.asarray(np.pad(v, ((0, num_pad), *((0, 0),) * (v.ndim - 1))))[None] for k, v in row.items()}
-    bias = slot_bias(row["used"].astype(jnp.int32), row["text_ids"], len(samples))
-    arrays = dict(tokens=row["tokens"], text=row["text"], levels=jnp.asarray([levels], jnp.float32))
-    return arrays, row | dict(bias=bias), places
+    row = {key: np.concatenate(value) for key, value in row.items()}
+    row = {k: v[None] for k, v in (row | dict(text_ids=np.array(text_ids), levels=np.float32(levels))).items()}
+    for key, there in (like or {}).items():
+        space = there.shape[1] - row[key].shape[1]
+        row[key] = np.pad(row[key], ((0, 0), (0, space), *((0, 0),) * (row[key].ndim - 2)))
+    return row, places
 
 
-def compare(name, samples, graphdef, params, config, num_pad):
+def compare(name, samples, run, params, row, places, patch_size):
     """Checks velocities and gradients of inputs of one row; returns the gradient of the parameters."""
-    arrays, row, places = row_of(name, samples, config, num_pad)
-
-    @jax.jit
-    def run(params, arrays):
-        def total(params, arrays):
-            out = nnx.merge(graphdef, params)(
-                arrays["tokens"], row["positions"], row["segment_ids"], arrays["levels"], row["level_index"],
-                arrays["text"], row["text_ids"], row["bias"],
-            )  # fmt: skip
-            return jnp.sum(out * row["weights"]), out
-
-        return jax.grad(total, argnums=(0, 1), has_aux=True)(params, arrays)
-
-    (of_params, of_arrays), velocity = run(params, arrays)
+    learned = ("tokens", "text", "levels")
+    (of_params, of_arrays), velocity = run(params, {key: row[key] for key in learned}, row)
     for sample, (shape, first, slot, level) in zip(samples, places):
         there = {key: REFERENCE[f"{name}/{sample}/{key}"][0] for key in ("velocity", "latents", "caption", "timestep")}
         here = slice(first, first + len(level))
         for key, value in dict(velocity=velocity, latents=of_arrays["tokens"]).items():
-            value = unpatchify(np.asarray(value[0, here]), shape, config.patch_size)
+            value = unpatchify(np.asarray(value[0, here]), shape, patch_size)
             assert_close(np.moveaxis(value, -1, 0), there[key], TOLERANCE)
         assert_close(of_arrays["text"][0, slot : slot + len(there["caption"])], there["caption"], TOLERANCE)
         # The tokens of a level share its gradient, and sigma is a thousandth of the timestep.
@@ -118,14 +108,28 @@ def compare(name, samples, graphdef, params, config, num_pad):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_dit_equals_the_reference_forward_and_backward(tmp_path, quick_compiler, name):
-    """Each sample alone, and all in one packed row with padding: velocity, gradients of inputs and of parameters."""
+    """Each sample alone, and all in one packed row: velocity, gradients of inputs and of parameters."""
     write_folder(tmp_path / "dit", name)
     config, params = convert.read_dit(tmp_path / "dit")
     graphdef, _ = abstract(DiT, config)
+
+    @jax.jit
+    def run(params, arrays, row):
+        def total(params, arrays):
+            bias = slot_bias(row["used"], row["text_ids"], len(SAMPLES))
+            out = nnx.merge(graphdef, params)(
+                arrays["tokens"], row["positions"], row["segment_ids"], arrays["levels"], row["level_index"],
+                arrays["text"], row["text_ids"], bias,
+            )  # fmt: skip
+            return jnp.sum(out * row["weights"]), out
+
+        return jax.grad(total, argnums=(0, 1), has_aux=True)(params, arrays)
+
+    row, places = row_of(name, SAMPLES, config)
     expected = {n.theirs: REFERENCE[f"{name}/params/{n.theirs}"] for n in convert.dit_names(config)}
-    packed = compare(name, list(SAMPLES), graphdef, params, config, NUM_PAD)
+    packed = compare(name, SAMPLES, run, params, row, places, config.patch_size)
     assert_close(to_theirs(config, packed), expected, TOLERANCE)
-    alone = [compare(name, [sample], graphdef, params, config, 0) for sample in SAMPLES]
+    alone = [compare(name, [s], run, params, *row_of(name, [s], config, row), config.patch_size) for s in SAMPLES]
     assert_close(to_theirs(config, jax.tree.map(lambda *g: sum(g), *alone)), expected, TOLERANCE)
 
 
