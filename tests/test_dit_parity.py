@@ -1,6 +1,7 @@
 """The DiT against diffusers' WanTransformer3DModel, forward and backward (tests/fixtures/make_dit_fixtures.py).
 
-Tolerance: 1e-4 of the largest value, the limit set for float32 sums in another order; measured: below 6e-6.
+Tolerance: 1e-4 of the largest value, the limit set for float32 sums in another order. Measured: 6e-5 for gradients of
+key biases and of timesteps, in which large terms cancel (a shift of all keys is nothing to a softmax), 3e-5 for others.
 """
 
 import json
