@@ -1,11 +1,12 @@
 """Useful tokens per CPU second of a DiT training step, against diffusers' WanTransformer3DModel with PyTorch's AdamW.
 
-    python -m experiments.bench.dit_train [--rounds 5] [--python OTHER/bin/python]
+    python -m experiments.bench.dit_train [--rounds 5] [--threads N] [--python OTHER/bin/python]
 
 The same weights (those of a Wan-shaped network of 5 M parameters, drawn at random), samples, noise, loss, threads and
 float32 for both; diffusers needs the extra `parity` and PyTorch (--python names an interpreter that has them). A
 process each, one at work at a time, in turns; CPU seconds are those of the whole process. A step is the velocity error
-over all tokens of the samples, its gradient, and an AdamW update.
+over all tokens of the samples, its gradient, and an AdamW update. Where other programs run beside, a thread waits for
+another that is kept from its core, and may burn time meanwhile: compare with --threads 1 then.
 
 Two batches:
   uniform   clips of one shape, as one batch on both sides. Loss and all gradients are compared first: the same work.
@@ -154,7 +155,7 @@ def theirs(options):
     import torch
     from diffusers import WanTransformer3DModel
 
-    torch.set_num_threads(os.cpu_count())
+    torch.set_num_threads(options.threads)
     sizes = dict(MODEL, patch_size=PATCH)
     sizes |= dict(num_attention_heads=sizes.pop("num_heads"), attention_head_dim=sizes.pop("head_dim"))
     model = WanTransformer3DModel(**sizes)
@@ -272,12 +273,14 @@ def tokens_of(shapes):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="cores that each side may use")
     parser.add_argument("--python", default=sys.executable, help="interpreter with diffusers and PyTorch")
     parser.add_argument("--side", choices=("ours", "diffusers"), help=argparse.SUPPRESS)
     parser.add_argument("--prefix", help=argparse.SUPPRESS)
     parser.add_argument("--weights", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])  # XLA takes all that it may
         return sides.serve((ours if options.side == "ours" else theirs)(options), options.prefix)
     from sorax.dit import DiTConfig
 
@@ -287,8 +290,9 @@ def main():
         weights = to_theirs(config, draw_params(config))
         np.savez(options.weights, **weights)
         both = sides.start("experiments.bench.dit_train", ("ours", "diffusers"), folder,
-                           dict(diffusers=options.python), ["--weights", options.weights])  # fmt: skip
-        print(f"{sum(x.size for x in weights.values()):,} parameters, fp32, {os.cpu_count()} threads, load "
+                           dict(diffusers=options.python),
+                           ["--weights", options.weights, "--threads", str(options.threads)])  # fmt: skip
+        print(f"{sum(x.size for x in weights.values()):,} parameters, fp32, {options.threads} threads, load "
               f"{os.getloadavg()[0]:.1f}; medians of {options.rounds} rounds")  # fmt: skip
         for side in both.values():
             side.run("gradients")
