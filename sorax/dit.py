@@ -14,6 +14,7 @@ from flax import nnx
 
 from sorax.attention import attention
 from sorax.linear import Linear
+from sorax.routing import narrow, widen
 
 REMAT = ("none", "full", "dots")
 
@@ -33,6 +34,7 @@ class DiTConfig:
     freq_dim: int = 256  # [freq_dim]
     rope_theta: float = 10000.0
     eps: float = 1e-6  # [eps]
+    mup_base_width: int = 0  # training only: the width whose initial scales and learning rates are meant; 0: this one
 
     def __post_init__(self):
         if self.head_dim % 2 or self.head_dim < 6:
@@ -177,7 +179,8 @@ class DiT(nnx.Module):
 
     def __call__(
         self, tokens, positions, segment_ids, levels, level_index, text, text_segment_ids, text_bias,
-        *, remat: str = "none", unroll: bool = False, constrain=lambda x: x,
+        *, remat: str = "none", unroll: bool = False, constrain=lambda x: x, route=None,
+        route_layers: tuple[int, int] = (1, -1),
     ):  # fmt: skip
         """Predicts `velocity = noise - x0` for every token of the rows.
 
@@ -191,6 +194,8 @@ class DiT(nnx.Module):
             remat: what the backward pass recomputes: "none", "dots" (all but matrix products), "full".
             unroll: a Python loop over the layers in place of a scan: compiles in proportion to their number, and runs
                 faster on a CPU, where a scan copies what it keeps for the backward pass.
+            route: `sorax.routing.Route` of the tokens that skip some layers, in training; None: none does.
+            route_layers: the first layer that they skip and the first that they do not, as in slices.
             constrain: applied to the activations `[B, N, D]` of every block (a sharding constraint, if any).
 
         Returns:
@@ -212,21 +217,35 @@ class DiT(nnx.Module):
         )
         graphdef, layers = nnx.split(self.blocks)
 
-        def body(x, layer):
-            return constrain(nnx.merge(graphdef, layer)(x, row)), None
+        def run(x, row, layers):
+            def body(x, layer):
+                return constrain(nnx.merge(graphdef, layer)(x, row)), None
 
-        if remat == "full":
-            body = jax.checkpoint(body, prevent_cse=False)
-        elif remat == "dots":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-        elif remat != "none":
-            raise ValueError(f"remat must be one of {REMAT}, got {remat!r}")
-        if unroll:
-            for i in range(config.num_layers):
-                x, _ = body(x, jax.tree.map(lambda p: p[i], layers))  # noqa: B023 (used at once)
+            if remat == "full":
+                body = jax.checkpoint(body, prevent_cse=False)
+            elif remat == "dots":
+                policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+                body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+            elif remat != "none":
+                raise ValueError(f"remat must be one of {REMAT}, got {remat!r}")
+            if unroll:
+                for i in range(len(layers["modulation"])):
+                    x, _ = body(x, jax.tree.map(lambda p: p[i], layers))  # noqa: B023 (used at once)
+                return x
+            return jax.lax.scan(body, x, layers)[0]
+
+        if route is None:
+            x = run(x, row, layers)
         else:
-            x, _ = jax.lax.scan(body, x, layers)
+            first, middle, last = (
+                jax.tree.map(lambda p: p[part], layers)  # noqa: B023 (used at once)
+                for part in (slice(0, route_layers[0]), slice(*route_layers), slice(route_layers[1], None))
+            )
+            x = run(x, row, first)
+            through = {name: jax.tree.map(lambda a: narrow(a, route), row[name])
+                       for name in ("segment_ids", "rope", "level_one_hot")}  # fmt: skip
+            x = widen(x, run(narrow(x, route), row | through, middle), route)
+            x = run(x, row, last)
 
         table = self.modulation[...].astype(jnp.float32) + time.astype(jnp.float32)[:, :, None]  # [B, S, 2, D]
         take = functools.partial(jnp.einsum, "bns,bsd->bnd", row["level_one_hot"])

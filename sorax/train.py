@@ -14,7 +14,7 @@ from sorax import config as config_lib
 from sorax import sharding
 from sorax.checkpoint import Checkpoints
 from sorax.errors import UserError
-from sorax.optim import learning_rate, make_tx, update_ema
+from sorax.optim import evaluation_params, learning_rate, make_tx, update_ema
 from sorax.runlog import Progress, RunLog
 
 
@@ -102,7 +102,8 @@ def make_step(objective, tx, ema_decay: float, accumulate: int):
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums["loss"][1], 1e-8), grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = jax.tree.map(jnp.add, state.params, updates)
-        ema_params = update_ema(state.ema_params, objective.averaged(params), state.step, ema_decay)
+        averaged = objective.averaged(evaluation_params(params, opt_state))
+        ema_params = update_ema(state.ema_params, averaged, state.step, ema_decay)
         norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
         sums = dict(sums, grad_norm=(norm, jnp.float32(1)))
         return TrainState(state.step + 1, params, ema_params, opt_state, state.rng), sums
@@ -140,7 +141,7 @@ def train(config, workdir: str, *, title: str | None = None):
     title = title or f"train {objective.name}"
 
     # --- Shard
-    tx = make_tx(objective.optims, settings.steps)
+    tx = make_tx(objective.optims, settings.steps, objective.lr_factor)
     optim = next(iter(objective.optims.values()))  # of the network that the run is about
     init = make_init(objective, tx)
     key = jax.random.key(settings.seed)
@@ -151,7 +152,7 @@ def train(config, workdir: str, *, title: str | None = None):
 
     # --- Step
     step_fn = jax.jit(
-        make_step(objective, tx, optim.ema_decay, settings.accumulate),
+        make_step(objective, tx, optim.average_decay, settings.accumulate),
         in_shardings=(shardings, sharding.batch_sharding(mesh), sharding.replicated(mesh)),
         out_shardings=(shardings, sharding.replicated(mesh)),
         donate_argnums=0,
@@ -170,7 +171,8 @@ def train(config, workdir: str, *, title: str | None = None):
         state = jax.jit(init, out_shardings=shardings)(key)
         params = objective.start(state.params)
         if params is not state.params:
-            state = state.replace(params=params, ema_params=_copy(objective.averaged(params)))
+            opt_state = jax.jit(tx.init, out_shardings=shardings.opt_state)(params)  # it may hold the parameters
+            state = state.replace(params=params, ema_params=_copy(objective.averaged(params)), opt_state=opt_state)
 
     # --- Loop
     if step >= settings.steps:

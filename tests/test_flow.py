@@ -48,6 +48,30 @@ def test_sigma_is_logit_normal_then_shifted():
     assert abs(logits.mean() - 0.5) < 0.05 and abs(logits.std() - 1.5) < 0.05  # four standard errors are 0.04 and 0.03
 
 
+def test_noise_levels_of_other_kinds():
+    uniform = flow.draw_sigma(jax.random.key(0), (20000,), kind="uniform")
+    np.testing.assert_allclose(np.quantile(uniform, [0.25, 0.5, 0.75]), [0.25, 0.5, 0.75], atol=0.02)
+    same = flow.draw_sigma(jax.random.key(0), (20000,), kind="mode", mode_scale=0.0)
+    np.testing.assert_allclose(same, 1 - uniform, atol=1e-6)
+    # The density at u is 1 / |d sigma / du|: at the middle of the scale 1.29 prefers it by 1 / (1 - 1.29 (pi / 2 - 1)).
+    middle = flow.draw_sigma(jax.random.key(0), (200000,), kind="mode", mode_scale=1.29)
+    assert middle.min() >= 0 and middle.max() <= 1
+    share = np.mean(np.abs(middle - 0.5) < 0.02) / 0.04
+    assert abs(share * (1 - 1.29 * (np.pi / 2 - 1)) - 1) < 0.08  # two standard errors of 20,000 draws and the slope
+    with pytest.raises(ValueError, match="logit_normal, uniform"):
+        flow.draw_sigma(jax.random.key(0), (2,), kind="cosine")
+
+
+def test_shift_follows_the_root_of_a_samples_tokens():
+    ids = jnp.asarray([[1] * 4 + [2] * 16 + [0] * 2, [1] * 22])
+    shift = flow.shift_for_length(ids, 2, 3.0, 4)
+    np.testing.assert_allclose(shift[0], [3.0, 6.0], rtol=1e-6)
+    np.testing.assert_allclose(shift[1, 0], 3.0 * np.sqrt(22 / 4), rtol=1e-6)
+    sigma = flow.draw_sigma(jax.random.key(0), (2, 2), kind="uniform", shift=shift)
+    plain = flow.draw_sigma(jax.random.key(0), (2, 2), kind="uniform")
+    np.testing.assert_allclose(sigma, flow.shift_sigma(plain, shift), rtol=1e-6)
+
+
 # --- Given masks
 
 SHAPES = ((5, 2, 2), (1, 4, 2), (2, 2, 4), (3, 2, 2))  # latents: a long clip, an image, short clips; one patch is 1x2x2

@@ -68,57 +68,6 @@ def test_vae_equals_the_streaming_reference(name, num_frames):
     assert_close(jnp.clip(jax.jit(vae.decode)(jnp.asarray(case["z"])), -1, 1), case["decoded"])
 
 
-def row_of(names, config, num_pad=0):
-    """One packed row of reference samples: each with its caption and one empty slot, `num_pad` padding tokens last."""
-    parts = {key: [] for key in ("tokens", "positions", "segment_ids", "level_index", "text", "text_ids", "used")}
-    levels, shapes = [0.0], []
-    for segment, name in enumerate(names, start=1):
-        case = reference(f"dit/{name}")
-        shape = case["latents"].shape[1:4]
-        tokens = patchify(case["latents"][0], config.patch_size)
-        timestep = np.broadcast_to(case["timestep"].reshape(-1), (len(tokens),))
-        values, index = np.unique(timestep, return_inverse=True)
-        parts["level_index"].append(len(levels) + index)
-        levels += list(values / 1000)
-        length = case["caption"].shape[1]
-        parts["tokens"].append(tokens)
-        parts["positions"].append(positions(*shape, config.patch_size))
-        parts["segment_ids"].append(np.full(len(tokens), segment))
-        parts["text"].append(np.pad(case["caption"][0], ((0, 1), (0, 0))))
-        parts["used"].append(np.arange(length + 1) < length)
-        parts["text_ids"].append(np.full(length + 1, segment))
-        shapes.append(shape)
-    row = {key: np.concatenate(values) for key, values in parts.items()}
-    for key in ("tokens", "positions", "segment_ids", "level_index"):
-        row[key] = np.pad(row[key], ((0, num_pad), *((0, 0),) * (row[key].ndim - 1)))
-    row = {key: jnp.asarray(value)[None] for key, value in row.items()}
-    bias = slot_bias(row.pop("used").astype(jnp.int32), row["text_ids"], len(names))
-    args = (row["tokens"], row["positions"], row["segment_ids"], jnp.asarray([levels], jnp.float32))
-    return (*args, row["level_index"], row["text"], row["text_ids"], bias), shapes
-
-
-def assert_velocities(out, names, shapes, config):
-    start = 0
-    for name, shape in zip(names, shapes):
-        count = np.prod(shape) // np.prod(config.patch_size)
-        velocity = unpatchify(np.asarray(out[0, start : start + count]), shape, config.patch_size)
-        assert_close(velocity[None], reference(f"dit/{name}")["velocity"])
-        start += count
-
-
-@pytest.mark.parametrize("name", ["video", "image", "tokens"])
-def test_dit_of_one_sample_equals_reference(dit, name):
-    """`tokens` has a timestep for every token, its first latent frame at 0."""
-    args, shapes = row_of([name], dit.config)
-    assert_velocities(jax.jit(dit)(*args), [name], shapes, dit.config)
-
-
-def test_dit_of_a_packed_row_equals_reference_of_each_sample(dit):
-    names = ["tokens", "image", "video"]
-    args, shapes = row_of(names, dit.config, num_pad=5)
-    assert_velocities(jax.jit(dit)(*args), names, shapes, dit.config)
-
-
 @pytest.mark.parametrize("name", ["umt5", "t5"])
 def test_text_encoder_equals_reference(name):
     config, params = convert.open_text(FIXTURES / ("wan/text_encoder" if name == "umt5" else name))
