@@ -11,12 +11,14 @@ import einops
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from sorax.attention import attention
 from sorax.linear import Linear
 from sorax.routing import narrow, widen
 
-REMAT = ("none", "full", "dots")
+BLOCK_INPUT = "block_input"  # what a block keeps for its backward pass, by this name
+REMAT = ("none", "full", "dots", "offload")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +98,23 @@ def timestep_features(timestep, dim: int):
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
+def _remat_policy(name):
+    policies = jax.checkpoint_policies
+    if name == "dots":
+        # Attention is none of the products that it means, and as dear as they are.
+        return policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names("attention")
+        )
+    if name == "offload":
+        return policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[], names_which_can_be_offloaded=[BLOCK_INPUT],
+            offload_src="device", offload_dst="pinned_host",
+        )  # fmt: skip
+    if name != "full":
+        raise ValueError(f"remat must be one of {REMAT}, got {name!r}")
+    return policies.nothing_saveable
+
+
 def linear(n_in, n_out, rngs, std=None):
     init = nnx.initializers.xavier_uniform() if std is None else nnx.initializers.normal(std)
     return Linear(n_in, n_out, kernel_init=init, rngs=rngs)
@@ -111,7 +130,7 @@ class Attention(nnx.Module):
         self.norm_k = nnx.Param(jnp.ones(D))
         self.num_heads, self.eps = config.num_heads, config.eps
 
-    def __call__(self, x, context, x_segment_ids, context_segment_ids, rope=None, key_bias=None):
+    def __call__(self, x, context, x_segment_ids, context_segment_ids, attend, rope=None, **options):
         q = rms_norm(self.q(x), self.norm_q[...], self.eps)
         k = rms_norm(self.k(context), self.norm_k[...], self.eps)
         q, k, v = (
@@ -119,7 +138,7 @@ class Attention(nnx.Module):
         )
         if rope is not None:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        out = attention(q, k, v, x_segment_ids, context_segment_ids, key_bias=key_bias)
+        out = attend(q, k, v, x_segment_ids, context_segment_ids, **options)
         return self.o(einops.rearrange(out, "b n k a -> b n (k a)"))
 
 
@@ -142,16 +161,17 @@ class Block(nnx.Module):
         # and its gradient is a product rather than a scatter.
         table = row["level_proj"] + self.modulation[...].astype(jnp.float32)  # [B, S, 6, D]
         table = einops.rearrange(table, "b s six d -> b s (six d)")
-        mod = jnp.einsum("bns,bsx->bnx", row["level_one_hot"], table)
+        mod = row["constrain"](jnp.einsum("bns,bsx->bnx", row["level_one_hot"], table))
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(mod, 6, axis=-1)  # each [B, N, D] float32
         dtype, ids = x.dtype, row["segment_ids"]
 
         h = (layer_norm(x, self.eps) * (1 + scale1) + shift1).astype(dtype)
-        h = self.self_attention(h, h, ids, ids, rope=row["rope"])
+        h = self.self_attention(h, h, ids, ids, row["attend"], rope=row["rope"])
         x = (x.astype(jnp.float32) + h * gate1).astype(dtype)
 
         h = (layer_norm(x, self.eps) * self.norm_scale[...] + self.norm_bias[...]).astype(dtype)
-        x = x + self.cross_attention(h, row["text"], ids, row["text_segment_ids"], key_bias=row["text_bias"])
+        text, text_ids = row["text"], row["text_segment_ids"]
+        x = x + self.cross_attention(h, text, ids, text_ids, row["attend_text"], key_bias=row["text_bias"])
 
         h = (layer_norm(x, self.eps) * (1 + scale2) + shift2).astype(dtype)
         h = self.mlp_out(jax.nn.gelu(self.mlp_in(h), approximate=True))
@@ -179,7 +199,8 @@ class DiT(nnx.Module):
 
     def __call__(
         self, tokens, positions, segment_ids, levels, level_index, text, text_segment_ids, text_bias,
-        *, remat: str = "none", unroll: bool = False, constrain=lambda x: x, route=None,
+        *, remat: str = "none", unroll: bool = False, constrain=lambda x: x, attend=attention,
+        attend_text=attention, route=None,
         route_layers: tuple[int, int] = (1, -1),
     ):  # fmt: skip
         """Predicts `velocity = noise - x0` for every token of the rows.
@@ -191,43 +212,44 @@ class DiT(nnx.Module):
             levels: `[B, S]` noise levels (sigma) in [0, 1]; level_index: `[B, N]` int, the level of each token.
             text: `[B, M, text_dim]` text encoder outputs; text_segment_ids: `[B, M]`; text_bias: `[B, M]` float32
                 (`sorax.text.slot_bias`).
-            remat: what the backward pass recomputes: "none", "dots" (all but matrix products), "full".
+            remat: what the backward pass recomputes: "none", "dots" (all but matrix products), "full" (all but the
+                input of each block), "offload" (as full, with those inputs in the memory of the host meanwhile).
             unroll: a Python loop over the layers in place of a scan: compiles in proportion to their number, and runs
                 faster on a CPU, where a scan copies what it keeps for the backward pass.
             route: `sorax.routing.Route` of the tokens that skip some layers, in training; None: none does.
             route_layers: the first layer that they skip and the first that they do not, as in slices.
-            constrain: applied to the activations `[B, N, D]` of every block (a sharding constraint, if any).
+            constrain: applied to activations `[B, N, ...]` (a sharding constraint, if any).
+            attend, attend_text: attention of tokens to each other and to text, as `sorax.attention.attention`.
 
         Returns:
             velocity `[B, N, P_out]`, ordered as `tokens`, in float32.
         """
         config, dtype = self.config, tokens.dtype
-        x = constrain(self.patch_embed(tokens))
+        x = constrain(self.patch_embed(constrain(tokens)))
         features = timestep_features(1000.0 * levels, config.freq_dim).astype(dtype)
         time = self.time_out(jax.nn.silu(self.time_in(features)))  # [B, S, D]
         level_proj = einops.rearrange(self.time_proj(jax.nn.silu(time)), "b s (six d) -> b s six d", six=6)
         row = dict(
             segment_ids=segment_ids,
-            rope=rope_angles(positions, config),
+            rope=tuple(constrain(angles) for angles in rope_angles(positions, config)),
             level_proj=level_proj.astype(jnp.float32),
-            level_one_hot=jax.nn.one_hot(level_index, levels.shape[1], dtype=jnp.float32),
+            level_one_hot=constrain(jax.nn.one_hot(level_index, levels.shape[1], dtype=jnp.float32)),
             text=self.text_out(jax.nn.gelu(self.text_in(text), approximate=True)),
             text_segment_ids=text_segment_ids,
             text_bias=text_bias,
+            constrain=constrain,
+            attend=attend,
+            attend_text=attend_text,
         )
         graphdef, layers = nnx.split(self.blocks)
 
         def run(x, row, layers):
             def body(x, layer):
+                x = checkpoint_name(x, BLOCK_INPUT)
                 return constrain(nnx.merge(graphdef, layer)(x, row)), None
 
-            if remat == "full":
-                body = jax.checkpoint(body, prevent_cse=False)
-            elif remat == "dots":
-                policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-                body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-            elif remat != "none":
-                raise ValueError(f"remat must be one of {REMAT}, got {remat!r}")
+            if remat != "none":
+                body = jax.checkpoint(body, policy=_remat_policy(remat), prevent_cse=False)
             if unroll:
                 for i in range(len(layers["modulation"])):
                     x, _ = body(x, jax.tree.map(lambda p: p[i], layers))  # noqa: B023 (used at once)
@@ -251,6 +273,6 @@ class DiT(nnx.Module):
         take = functools.partial(jnp.einsum, "bns,bsd->bnd", row["level_one_hot"])
         shift, scale = take(table[:, :, 0]), take(table[:, :, 1])
         x = (layer_norm(x, config.eps) * (1 + scale) + shift).astype(dtype)
-        out = self.proj_out(x).astype(jnp.float32)
+        out = constrain(self.proj_out(x)).astype(jnp.float32)
         pt, ph, pw = config.patch_size
         return einops.rearrange(out, "b n (pt ph pw c) -> b n (c pt ph pw)", pt=pt, ph=ph, pw=pw)

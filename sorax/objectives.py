@@ -15,6 +15,7 @@ from data_pipelines.packing import token_costs
 from data_pipelines.rows import RowSource
 from sorax import config as config_lib
 from sorax import flops, flow, functional, media, mup, routing, sharding
+from sorax.attention import attention
 from sorax.discriminator import DiscriminatorConfig
 from sorax.dit import DiT, DiTConfig
 from sorax.dit_data import prepare_data, prepare_vae
@@ -181,7 +182,7 @@ def complete(config):
 
     sections = dict(data=DataConfig, optim=OptimConfig, train=TrainConfig, checkpoint=CheckpointConfig, eval=EvalConfig,
                     loss=VAELossConfig, flow=FlowConfig, discriminator=DiscriminatorConfig,
-                    discriminator_optim=OptimConfig)  # fmt: skip
+                    discriminator_optim=OptimConfig, mesh=sharding.MeshConfig)  # fmt: skip
     if config.get("kind") == "vae":
         with config.unlocked():
             for name, value in dict(init="", discriminator={}, discriminator_optim=DISCRIMINATOR_OPTIM).items():
@@ -242,6 +243,7 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
     if data.batch % here:
         raise UserError(f"config.data.batch is {data.batch} rows, which {here} data-parallel ranks cannot share "
                         "equally: make it a multiple, or set mesh.data x mesh.fsdp to a divisor of it")  # fmt: skip
+    sharding.check_rows(mesh, model.num_heads, data.row_tokens)
     if ranks != here:
         print(f"rows are balanced for {ranks} data-parallel ranks, as when the run began; here are {here}: the batches "
               "are the same, but not every rank has equal work")  # fmt: skip
@@ -265,8 +267,10 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
     dit_graph, _ = functional.abstract(DiT, model)
     text_graph, _ = functional.abstract(TextEncoder, text_model)
     constrain = sharding.activation_constraint(mesh)
+    attend, attend_text = sharding.attention_on(mesh, attention)
     S = data.max_segments
-    run_options = dict(remat=settings.remat, unroll=settings.unroll, constrain=constrain)
+    run_options = dict(remat=settings.remat, unroll=settings.unroll, constrain=constrain, attend=attend,
+                       attend_text=attend_text)  # fmt: skip
 
     skipping = dict(share=flow_config.skip_share, route_layers=flow_config.skip_layers)
     if flow_config.skip_share and not range(model.num_layers)[slice(*flow_config.skip_layers)]:
@@ -292,6 +296,7 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
 
     def loss(params, batch, key, step, constants):
         sigma_key, given_key, drop_key, noise_key = jax.random.split(key, 4)
+        batch |= {name: constrain(batch[name]) for name in ("tokens", "positions", "segment_ids")}
         ids = batch["segment_ids"]
         shift = flow_config.train_shift
         if flow_config.shift_tokens:
