@@ -5,13 +5,14 @@ Legend: B rows, N tokens of a row, M text slots of a row, P patch size flattened
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from sorax import config as config_lib
-from sorax import flow, functional, sharding
+from sorax import flow, functional, mup, routing, sharding
 from sorax.attention import attention
 from sorax.dit import DiT, DiTConfig
 from sorax.errors import UserError
@@ -24,15 +25,26 @@ SIGMA_BINS = 4
 
 @dataclasses.dataclass(frozen=True)
 class FlowConfig:
-    """The `flow` section of a DiT experiment: how rows are noised and what is given."""
+    """The `flow` section of a DiT experiment: how rows are noised, what is given, which tokens skip layers."""
 
+    sigma: str = "logit_normal"  # distribution of noise levels: logit_normal, uniform or mode, see `flow.draw_sigma`
     sigma_mean: float = 0.0
     sigma_std: float = 1.0
+    mode_scale: float = 1.29
     train_shift: float = 1.0
+    shift_tokens: int = 0  # samples of so many tokens have train_shift, others by the square root; 0: all have it
+    skip_share: float = 0.0  # of each sample's tokens, which skip layers in training (TREAD)
+    skip_layers: tuple[int, int] = (1, -1)  # the first layer that they skip, and the first that they do not
     sample_shift: float = 3.0
     caption_dropout: float = 0.1
     # weights of nothing given, first latent frame, last, both ends, first k
     given: tuple[float, float, float, float, float] = (0.6, 0.15, 0.05, 0.1, 0.1)
+
+    def __post_init__(self):
+        if self.sigma not in flow.SIGMA_KINDS:
+            raise ValueError(f"sigma is {self.sigma!r}: use one of {', '.join(flow.SIGMA_KINDS)}")
+        if not 0 <= self.skip_share < 1:
+            raise ValueError(f"skip_share is {self.skip_share}: it is a share of the tokens, from 0 to below 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +57,7 @@ class DiTTask:
     loss: (params, batch, key, step, constants) -> {name: (sum, weight)}, as an `Objective` has it.
     validation: (params, batch, sigma, key) -> (summed error, tokens) at one noise level, nothing given.
     batch_shapes: shapes and types of the arrays of a step's batch, of all processes together.
+    routing: which tokens skip layers in training, in the words of `flops.dit_forward`.
     """
 
     model: DiTConfig
@@ -55,6 +68,8 @@ class DiTTask:
     validation: Callable
     batch_shapes: dict[str, jax.ShapeDtypeStruct]
     optims: dict[str, OptimConfig]
+    lr_factor: Callable | None
+    routing: dict[str, Any]
     averaged: Callable = lambda params: params
 
 
@@ -101,18 +116,23 @@ def dit_task(config, data, settings, mesh) -> DiTTask:
     on_mesh = mesh_options(mesh)
     constrain, run_options = on_mesh["constrain"], dict(on_mesh, remat=settings.remat, unroll=settings.unroll)
 
+    if flow_config.skip_share and not range(model.num_layers)[slice(*flow_config.skip_layers)]:
+        raise UserError(f"config.flow.skip_layers {flow_config.skip_layers} names none of {model.num_layers} layers: "
+                        "give the first that tokens skip and the first that they do not")  # fmt: skip
+
     def init(key):
         dit_key, text_key = jax.random.split(key)
-        return dict(dit=functional.init(DiT, model, dit_key), text=functional.init(TextEncoder, text_model, text_key))
+        dit = mup.rescale(functional.init(DiT, model, dit_key), model)
+        return dict(dit=dit, text=functional.init(TextEncoder, text_model, text_key))
 
-    def velocity_error(params, batch, text_tokens, given, levels, noise_key):
+    def velocity_error(params, batch, text_tokens, given, levels, noise_key, route=None):
         params = functional.cast(params, dtype)
         ids, text_ids = batch["segment_ids"], batch["text_segment_ids"]
         noisy, target, level_index = flow.noise_rows(noise_key, batch["tokens"], given, ids, levels)
         text = nnx.merge(text_graph, params["text"])(text_tokens, text_ids)
         velocity = nnx.merge(dit_graph, params["dit"])(
             noisy.astype(dtype), batch["positions"], ids, levels, level_index, text, text_ids,
-            slot_bias(text_tokens, text_ids, S), **run_options,
+            slot_bias(text_tokens, text_ids, S), route=route, route_layers=flow_config.skip_layers, **run_options,
         )  # fmt: skip
         generated = (ids != 0) & ~given
         return flow.token_loss(velocity, target, generated)[1], generated, level_index
@@ -121,12 +141,20 @@ def dit_task(config, data, settings, mesh) -> DiTTask:
         sigma_key, given_key, drop_key, noise_key = jax.random.split(key, 4)
         batch = batch | {name: constrain(batch[name]) for name in ("tokens", "positions", "segment_ids")}
         ids = batch["segment_ids"]
-        levels = flow.draw_sigma(sigma_key, (ids.shape[0], S), mean=flow_config.sigma_mean,
-                                 std=flow_config.sigma_std, shift=flow_config.train_shift)  # fmt: skip
+        shift = flow_config.train_shift
+        if flow_config.shift_tokens:
+            shift = flow.shift_for_length(ids, S, shift, flow_config.shift_tokens)
+        levels = flow.draw_sigma(
+            sigma_key, (ids.shape[0], S), kind=flow_config.sigma, mean=flow_config.sigma_mean,
+            std=flow_config.sigma_std, mode_scale=flow_config.mode_scale, shift=shift,
+        )  # fmt: skip
         levels = jnp.pad(levels, ((0, 0), (1, 0)))
         given = flow.draw_given(given_key, batch["positions"], ids, S, flow_config.given)
         text = drop_captions(drop_key, batch["text_tokens"], batch["text_segment_ids"], S, flow_config.caption_dropout)
-        error, generated, level_index = velocity_error(params, batch, text, given, levels, noise_key)
+        route = None
+        if flow_config.skip_share:
+            route = routing.choose(jax.random.fold_in(key, 4), ids, S, flow_config.skip_share)
+        error, generated, level_index = velocity_error(params, batch, text, given, levels, noise_key, route)
         sums = dict(loss=(jnp.sum(error), jnp.sum(generated, dtype=jnp.float32)))
         sigma = jnp.take_along_axis(levels, level_index, axis=1)
         for k in range(SIGMA_BINS):
@@ -146,7 +174,8 @@ def dit_task(config, data, settings, mesh) -> DiTTask:
     return DiTTask(
         model=model, text_model=text_model, flow=flow_config, init=init, loss=loss, validation=validation,
         batch_shapes=row_shapes(data.batch, data.row_tokens, data.row_text, model.patch_dim),
-        optims={"": config_lib.build(OptimConfig, config.optim, "optim")},
+        optims={"": config_lib.build(OptimConfig, config.optim, "optim")}, lr_factor=mup.lr_factor(model),
+        routing=dict(share=flow_config.skip_share, route_layers=flow_config.skip_layers),
     )  # fmt: skip
 
 

@@ -18,10 +18,10 @@ from data_pipelines import latent_writer
 from data_pipelines.latent_shards import LatentShards
 from data_pipelines.read_ahead import read_ahead
 from data_pipelines.text_tokens import MAX_TOKENS, Tokenizer
-from sorax import sharding, stream
+from sorax import functional, sharding, stream
 from sorax.errors import UserError
 from sorax.runlog import Progress
-from sorax.vae import VAEConfig
+from sorax.vae import VAE, VAEConfig
 
 ENCODE, DECODE = 0, 1  # which of `stream.programs`
 PIXELS_A_BATCH = 1 << 19  # of a device: bounds the memory of encoding and decoding
@@ -60,11 +60,17 @@ class Codec:
     ):
         stride = config.spatial_stride
         overlap = tile // 4 // stride * stride if overlap is None else overlap
+        if overlap and not tile:
+            raise UserError(f"an overlap of {overlap} pixels without tiles: set tile to their side too")
         if tile < 0 or tile % stride or overlap % stride or not 0 <= overlap < max(tile, 1):
             raise UserError(f"tiles of {tile} pixels with an overlap of {overlap}: use multiples of {stride}, the "
                             "overlap smaller than the tile")  # fmt: skip
         if mesh is not None and any(device.process_index != jax.process_index() for device in mesh.devices.flat):
             raise UserError("a codec's mesh has devices of other processes: make one of jax.local_devices()")
+        wanted = jax.tree.map(lambda x: x.shape, functional.abstract(VAE, config)[1])
+        if jax.tree.map(np.shape, params) != wanted:
+            raise UserError("the parameters are not those of a VAE of this config: take both from one place, such as "
+                            "sorax.runs.open_vae(folder)")  # fmt: skip
         self.config, self.mesh = config, mesh
         self.params = jax.device_put(params, None if mesh is None else sharding.replicated(mesh))
         self._tile, self._overlap = tile // stride, overlap // stride

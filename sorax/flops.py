@@ -17,25 +17,36 @@ from sorax.text import TextConfig
 from sorax.vae import VAE, VAEConfig
 
 
-def dit_forward(config: DiTConfig, lengths, text_lengths, levels: int | None = None) -> float:
+def dit_forward(
+    config: DiTConfig, lengths, text_lengths, *, levels: int | None = None, share=0.0, route_layers=(0, 0)
+) -> float:
     """Forward operations of the DiT for samples of `lengths` video tokens with `text_lengths` text slots each.
 
-    levels: noise levels that a time embedding is made of; None for one a sample.
+    levels: noise levels that a time embedding is made of; None for one a sample. share, route_layers: of the tokens
+    that skip layers, see `sorax.routing` and `DiT`.
     """
     s, m = np.asarray(lengths, np.float64), np.asarray(text_lengths, np.float64)
     D, F = config.width, config.ffn_dim
     patch_out = config.patch_dim // config.in_channels * config.out_channels
-    token = config.num_layers * (2 * 6 * D * D + 2 * 2 * D * F) + 2 * D * (config.patch_dim + patch_out)
+    tokens = sum(number * n.sum() for number, n in _tokens(config, s, share, route_layers))
+    ends = 2 * D * (config.patch_dim + patch_out) * s.sum()
     text = config.num_layers * 2 * 2 * D * D + 2 * D * (config.text_dim + D)
-    level = 2 * (config.freq_dim * D + D * D + 6 * D * D)
-    levels = len(s) if levels is None else levels
-    return float(token * s.sum() + text * m.sum() + dit_attention(config, s, m) + level * levels)
+    level = 2 * (config.freq_dim * D + D * D + 6 * D * D) * (len(s) if levels is None else levels)
+    pairs = dit_attention(config, s, m, share=share, route_layers=route_layers)
+    return float((2 * 6 * D * D + 2 * 2 * D * F) * tokens + ends + text * m.sum() + pairs + level)
 
 
-def dit_attention(config: DiTConfig, lengths, text_lengths) -> float:
+def dit_attention(config: DiTConfig, lengths, text_lengths, *, share=0.0, route_layers=(0, 0)) -> float:
     """The part of `dit_forward` that is products of queries, keys and values: 4 D a pair, to video and to text."""
     s, m = np.asarray(lengths, np.float64), np.asarray(text_lengths, np.float64)
-    return float(config.num_layers * 4 * config.width * np.sum(s * (s + m)))
+    layers = _tokens(config, s, share, route_layers)
+    return float(sum(number * 4 * config.width * np.sum(n * (n + m)) for number, n in layers))
+
+
+def _tokens(config, s, share, route_layers):
+    """(layers, tokens of each sample in them): all tokens, and those that remain where a share of them skips."""
+    narrow = len(range(config.num_layers)[slice(*route_layers)]) if share else 0
+    return (config.num_layers - narrow, s), (narrow, np.floor((1 - share) * s + 1e-4))
 
 
 def text_forward(config: TextConfig, text_lengths) -> float:
@@ -90,25 +101,25 @@ def _products(jaxpr) -> float:
     return total
 
 
-def rows_work(dit: DiTConfig, text: TextConfig, batch) -> dict:
+def rows_work(dit: DiTConfig, text: TextConfig, batch, **routing) -> dict:
     """Host-side counts of this process's packed rows (numpy) of a step: samples, tokens (places of the rows),
-    useful_tokens (those that hold a sample's) and model_flops of training."""
+    useful_tokens (those that hold a sample's) and model_flops of training. routing: that of `dit_forward`."""
     lengths, text_lengths = [], []
     for ids, text_ids in zip(batch["segment_ids"], batch["text_segment_ids"]):
         counts, text_counts = np.bincount(ids)[1:], np.bincount(text_ids)[1:]
         lengths.extend(counts)
         text_lengths.extend(text_counts[: len(counts)])
-    work = train_rows(dit, text, lengths, text_lengths, len(batch["segment_ids"]))
+    work = train_rows(dit, text, lengths, text_lengths, len(batch["segment_ids"]), **routing)
     return dict(samples=len(lengths), tokens=batch["segment_ids"].size, useful_tokens=int(np.sum(lengths)),
                 model_flops=work)  # fmt: skip
 
 
-def train_rows(dit: DiTConfig, text: TextConfig, lengths, text_lengths, rows: int) -> float:
+def train_rows(dit: DiTConfig, text: TextConfig, lengths, text_lengths, rows: int, **routing) -> float:
     """Operations of a training step (forward and backward) on samples packed in so many rows, all samples together.
 
     A row has a noise level a sample, and the clean one.
     """
-    forward = dit_forward(dit, lengths, text_lengths, levels=len(lengths) + rows)
+    forward = dit_forward(dit, lengths, text_lengths, levels=len(lengths) + rows, **routing)
     return 3 * (forward + text_forward(text, text_lengths))
 
 

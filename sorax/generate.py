@@ -15,7 +15,7 @@ from sorax.dit import DiT, DiTConfig
 from sorax.encode import Codec
 from sorax.errors import UserError
 from sorax.patchify import num_tokens, unpatchify
-from sorax.sampler import euler, guide, sigma_schedule
+from sorax.sampler import guide, integrate, make_solver
 from sorax.text import PAD_ID, TextConfig, TextEncoder, slot_bias
 
 ROW_TOKENS = 512  # rows are this long, or as long as the longest request
@@ -74,21 +74,23 @@ class Generator:
         return self.codec.decode(self.latents(requests, **settings))
 
     def latents(self, requests, *, num_steps: int, guidance_scale: float = 1.0, shift: float = 3.0,
-                on_batch=lambda done: None) -> list[np.ndarray]:  # fmt: skip
+                solver: str = "euler", on_batch=lambda done: None) -> list[np.ndarray]:  # fmt: skip
         """Final normalised latents `[t, h, w, C]` of requests.
 
         A request's result depends on its own prompt, shape and seed alone, not on what it is packed with.
 
         Args:
             requests: list of `Request`, of legal shapes (`legal_shape`).
-            num_steps: Euler steps. guidance_scale: 1 is off. shift: of the noise schedule.
+            num_steps: of the solver. guidance_scale: 1 is off. shift: of the noise schedule. solver: see `make_solver`.
             on_batch: called with the number of finished requests.
 
         Raises:
             UserError: a prompt that is too long, noise of the wrong shape, or settings out of range.
         """
-        if num_steps < 1:
-            raise UserError(f"sampling takes at least 1 step, got {num_steps}")
+        try:
+            solver = make_solver(solver, num_steps, shift)
+        except ValueError as error:
+            raise UserError(f"sampling: {error}") from error
         if not requests:
             return []
         noises = [self._noise(request) for request in requests]
@@ -97,7 +99,6 @@ class Generator:
         guided = guidance_scale != 1.0
         lengths = [max(len(p), len(n) if guided else 0) for p, n in zip(prompts, negatives)]
         rows, negative_rows = (self._rows(noises, tokens, lengths) for tokens in (prompts, negatives))
-        sigmas = sigma_schedule(num_steps, shift)
 
         results, count = [None] * len(requests), len(rows.plan(0))
         size = min(ROWS_A_BATCH, count)
@@ -106,7 +107,7 @@ class Generator:
             batch = _stack([rows[i] for i in indices])
             negative = _stack([negative_rows[i] for i in indices])["text_tokens"]
             num_samples = max(len(row) for row in (rows.samples(i) for i in range(count)))
-            final = np.asarray(self._sample(self.params, batch, negative, sigmas, guidance_scale,
+            final = np.asarray(self._sample(self.params, batch, negative, solver, guidance_scale,
                                             num_samples=num_samples, guided=guided))  # fmt: skip
             for row, i in zip(final, indices):
                 offset = 0
@@ -139,8 +140,8 @@ class Generator:
                          batch_size=1, seed=0, patch_size=patch_size)  # fmt: skip
 
 
-def sample_rows(networks, params, rows, negative_tokens, sigmas, guidance_scale, *, num_samples, guided, **run_options):
-    """Packed rows `[B, N, P]` denoised from sigmas[0] to sigmas[-1] by Euler steps.
+def sample_rows(networks, params, rows, negative_tokens, solver, guidance_scale, *, num_samples, guided, **run_options):
+    """Packed rows `[B, N, P]` denoised over the noise levels of a solver.
 
     Args:
         networks: graph definitions of the DiT and the text encoder. params: dict(dit=, text=).
@@ -163,7 +164,7 @@ def sample_rows(networks, params, rows, negative_tokens, sigmas, guidance_scale,
         v = dit(double(x), positions, ids, levels, level_index, text, text_ids, bias, **run_options)
         return guide(*jnp.split(v, 2), guidance_scale) if guided else v
 
-    return euler(velocity, rows["tokens"], sigmas)
+    return integrate(velocity, rows["tokens"], solver)
 
 
 def _round_up(n, multiple):

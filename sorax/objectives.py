@@ -37,6 +37,7 @@ class Objective:
         evaluate: (state, step, folder) -> (metrics, {name: uint8 video}, fps).
         averaged: params -> those of which an EMA is kept.
         finish: params (or their EMA) -> the same, when training ends.
+        lr_factor: (path, shape) of a parameter -> factor on its learning rate; or None.
     `identity` says which data in which order; a checkpoint of another does not go on. `optims` has the optimizer of
     each network, by its name in the parameters, or of all of them under "". `constants`: arrays that the loss needs
     and nobody learns.
@@ -53,6 +54,7 @@ class Objective:
     start: Callable = lambda params: params
     averaged: Callable = lambda params: params
     finish: Callable = lambda params: params
+    lr_factor: Callable | None = None
     constants: Any = dataclasses.field(default_factory=dict)
 
 
@@ -94,6 +96,7 @@ class DataConfig:
     max_segments: int = 64
     val_samples: int = 64
     ranks: int = 0  # shares of a batch that have equal cost; 0: as many as the mesh has when the run starts
+    tokenizer: str = ""  # folder with one, or "bytes" (ByT5's); "": BPE, trained on the captions
     posterior: str = "mean"  # of latents: "mean", or "sample" for a new draw each time that a sample comes
 
 
@@ -120,6 +123,7 @@ class EvalConfig:
     every: int = 0
     num_videos: int = 4
     num_steps: int = 30
+    solver: str = "euler"  # or unipc, dpm++
     guidance_scale: float = 3.0
     num_clips: int = 64  # of each split, for `sorax evaluate`
 
@@ -233,8 +237,8 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
         some = range(min(evaluation.num_videos, len(val_examples)))
         shapes = val_examples.video_shapes.tolist()
         requests = [Request(val_examples.caption(i), *shapes[i], seed=i) for i in some]
-        made = generator.videos(requests, num_steps=evaluation.num_steps, guidance_scale=evaluation.guidance_scale,
-                                shift=task.flow.sample_shift)  # fmt: skip
+        made = generator.videos(requests, num_steps=evaluation.num_steps, solver=evaluation.solver,
+                                guidance_scale=evaluation.guidance_scale, shift=task.flow.sample_shift)  # fmt: skip
         write_samples(folder, step, made, [r.prompt for r in requests])
         videos = {f"sample/{i}": video for i, video in enumerate(made)}
         return metrics, videos, float(val_examples.fps[0])
@@ -245,7 +249,8 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
         init=task.init,
         loss=task.loss,
         batches=lambda step: make_loader(rows, start_step=step, num_workers=data.workers, **loader_options()),
-        work=lambda batch: flops.rows_work(model, text_model, batch),
+        work=lambda batch: flops.rows_work(model, text_model, batch, **task.routing),
         evaluate=evaluate,
         optims=task.optims,
+        lr_factor=task.lr_factor,
     )

@@ -175,8 +175,8 @@ def video_sharding(mesh: Mesh, rows: int, columns: int, whole_batch: bool = Fals
         return NamedSharding(mesh, PartitionSpec(batch, None, "context" if parts > 1 else None))
     if columns % parts == 0:
         return NamedSharding(mesh, PartitionSpec(batch, None, None, "context"))
-    raise UserError(f"latents of {rows} x {columns} (h x w) cannot be split over {parts} devices: set "
-                    "config.mesh.context to a number that divides one of them, or crop the video")  # fmt: skip
+    raise UserError(f"latents of {rows} x {columns} (h x w) cannot be split over {parts} devices: make the "
+                    "mesh's context axis (config.mesh.context) divide one of them, or crop the video")  # fmt: skip
 
 
 def row_shares(mesh: Mesh) -> tuple[tuple[int, ...], int]:
@@ -229,8 +229,7 @@ def check_rows(mesh: Mesh, num_heads: int, row_tokens: int):
     context, tensor = mesh.shape["context"], mesh.shape["tensor"]
     if num_heads % (context * tensor):
         raise UserError(f"{num_heads} heads of attention cannot be split over context={context} x tensor={tensor} "
-                        "devices: make config.mesh.context x config.mesh.tensor a divisor of "
-                        "config.model.num_heads")  # fmt: skip
+                        "devices: make their product a divisor of config.model.num_heads")  # fmt: skip
     if row_tokens % context:
         raise UserError(f"rows of {row_tokens} tokens cannot be split over context={context} devices: make "
                         "config.data.row_tokens a multiple of config.mesh.context")  # fmt: skip

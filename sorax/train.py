@@ -16,7 +16,7 @@ from sorax import sharding
 from sorax.checkpoint import Checkpoints
 from sorax.devices import peak_flops
 from sorax.errors import UserError
-from sorax.optim import learning_rate, make_tx, update_ema
+from sorax.optim import evaluation_params, learning_rate, make_tx, update_ema
 from sorax.runlog import Progress, RunLog, Trace
 
 
@@ -104,7 +104,8 @@ def make_step(objective, tx, ema_decay: float, accumulate: int):
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums["loss"][1], 1e-8), grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = jax.tree.map(jnp.add, state.params, updates)
-        ema_params = update_ema(state.ema_params, objective.averaged(params), state.step, ema_decay)
+        averaged = objective.averaged(evaluation_params(params, opt_state))
+        ema_params = update_ema(state.ema_params, averaged, state.step, ema_decay)
         norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
         sums = dict(sums, grad_norm=(norm, jnp.float32(1)))
         return TrainState(state.step + 1, params, ema_params, opt_state, state.rng), sums
@@ -124,7 +125,7 @@ def compiled_step(objective, tx, settings: TrainConfig, abstract, mesh):
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     optim = next(iter(objective.optims.values()))  # of the network that the run is about
     return jax.jit(
-        make_step(objective, tx, optim.ema_decay, settings.accumulate),
+        make_step(objective, tx, optim.average_decay, settings.accumulate),
         in_shardings=(shardings, sharding.batch_sharding(mesh), sharding.replicated(mesh)),
         out_shardings=(shardings, sharding.replicated(mesh)),
         donate_argnums=0,
@@ -162,8 +163,9 @@ def train(config, workdir: str, *, title: str | None = None, profile: tuple[int,
     title = title or f"train {objective.name}"
 
     # --- Shard
-    tx = make_tx(objective.optims, settings.steps)
+    tx = make_tx(objective.optims, settings.steps, objective.lr_factor)
     abstract = abstract_state(objective, tx, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
     constants = jax.device_put(objective.constants, sharding.replicated(mesh))
     step_fn = compiled_step(objective, tx, settings, abstract, mesh)
 
@@ -177,11 +179,11 @@ def train(config, workdir: str, *, title: str | None = None, profile: tuple[int,
                             f"{objective.identity} now): put it back, or train in another workdir")  # fmt: skip
         state = _state(items, step)
     else:
-        shardings = jax.tree.map(lambda x: x.sharding, abstract)
         state = jax.jit(make_init(objective, tx), out_shardings=shardings)(jax.random.key(settings.seed))
         params = objective.start(state.params)
         if params is not state.params:
-            state = state.replace(params=params, ema_params=_copy(objective.averaged(params)))
+            opt_state = jax.jit(tx.init, out_shardings=shardings.opt_state)(params)  # it may hold the parameters
+            state = state.replace(params=params, ema_params=_copy(objective.averaged(params)), opt_state=opt_state)
 
     # --- Loop
     if step >= settings.steps:

@@ -7,6 +7,7 @@ Legend: B batch, T frames, H height, W width.
 """
 
 import dataclasses
+import difflib
 import itertools
 import os
 
@@ -15,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from data_pipelines.clips import check_crop
 from data_pipelines.loader import make_clip_loader
 from data_pipelines.sources import open_source
 from sorax import config as config_lib
-from sorax import functional, runlog
+from sorax import functional, media, runlog
 from sorax.discriminator import (
     Discriminator,
     DiscriminatorConfig,
@@ -84,7 +86,7 @@ def vae_objective(config, workdir: str, mesh) -> Objective:
         originals = [held_out[i]["video"] for i in range(min(evaluation.num_videos, len(held_out)))]
         copies = codec.decode(codec.encode(originals))
         scores = [psnr(a, b) for a, b in zip(originals, copies)]
-        pairs = [np.concatenate([a, b], axis=2) for a, b in zip(originals, copies)]
+        pairs = [media.side_by_side(a, b) for a, b in zip(originals, copies)]
         write_samples(folder, step, pairs, ["original, then reconstruction"] * len(pairs))
         videos = {f"reconstruction/{i}": pair for i, pair in enumerate(pairs)}
         return {"val_psnr": float(np.mean(scores))}, videos, held_out.spec(0).fps
@@ -100,7 +102,8 @@ def vae_objective(config, workdir: str, mesh) -> Objective:
         for stage in stages:
             if step < stage.end:
                 loader = make_clip_loader(stage.source, batch_size=stage.batch, crop=stage.crop, start_step=step,
-                                          seed=settings.seed, num_workers=data.workers, **loader_options())  # fmt: skip
+                                          temporal_stride=model.temporal_stride, seed=settings.seed,
+                                          num_workers=data.workers, **loader_options())  # fmt: skip
                 yield from itertools.islice(loader, stage.end - step)
                 loader.close()
                 step = stage.end
@@ -146,13 +149,18 @@ def _stages(section, data, steps, grid):
     stages, end, sources = [], 0, {}
     for number, settings in enumerate((*data.stages, {})):
         where = f"config.data.stages[{number}]"
+        if not hasattr(settings, "items"):
+            raise UserError(f"{where} is {settings!r}: a stage is a dict of `steps` and of keys of config.data")
         settings, rest = dict(settings), number == len(data.stages)
         count = settings.pop("steps", None)
         if not rest and (not isinstance(count, int) or count < 1):
-            raise UserError(f"{where} has steps={count!r}: say for how many steps it lasts")
+            found = "no `steps`" if count is None else f"steps={count!r}"
+            raise UserError(f"{where} has {found}: say for how many steps it lasts")
         for name in settings:
             if name not in section or name in ("stages", "workers"):
-                raise UserError(f"{where} sets {name!r}: a stage takes `steps` and any other key of config.data")
+                near = difflib.get_close_matches(name, [key for key in section if key != "stages"], n=1)
+                hint = f"did you mean {near[0]!r}?" if near else "a stage takes `steps` and other keys of config.data"
+                raise UserError(f"{where} sets {name!r}: {hint}")
         own = section.to_dict()
         for name, value in settings.items():
             own[name] = own[name] | dict(value) if isinstance(own[name], dict) else value
@@ -163,6 +171,10 @@ def _stages(section, data, steps, grid):
             cache = grid["index_cache"] if set(settings) <= _SAME_INDEX else f"{grid['index_cache']}_{number}"
             sources[key] = open_source(own, **grid | dict(index_cache=cache))
         crop = own.get("crop") or data.crop
+        try:
+            check_crop(crop, grid["temporal_stride"])
+        except UserError as error:
+            raise UserError(f"{'config.data' if rest else where}: {error}") from error
         stages.append(_Stage(end, own["batch"], tuple(crop) if crop else None, sources[key]))
     return stages
 

@@ -21,7 +21,7 @@ from sorax.vae import VAE, VAEConfig
 
 QUICKSTART = str(pathlib.Path(__file__).parents[1] / "experiments" / "quickstart.py")
 TINY = (
-    "model.num_layers=2", "model.num_heads=2", "model.head_dim=12", "model.ffn_dim=32", "model.text_dim=16",
+    "model.num_layers=2", "model.num_heads=4", "model.head_dim=6", "model.ffn_dim=32", "model.text_dim=16",
     "model.freq_dim=16", "text.width=16", "text.num_layers=1", "text.num_heads=2", "text.head_dim=8", "text.ffn_dim=32",
     "vae.model.base_width=4", "data.world.num_samples=32", "data.val_samples=2", "data.batch=8", "data.max_segments=4",
     "train.unroll=False",
@@ -103,7 +103,7 @@ def test_parameters_and_optimizer_are_really_split(task, sizes):
         "dit/blocks/self_attention/o/kernel": (L, D // t, D // f),
         "dit/blocks/mlp_in/kernel": (L, D // f, F // t),
         "dit/blocks/mlp_out/kernel": (L, F // t, D // f),
-        "dit/patch_embed/kernel": (P, D // f),
+        "dit/patch_embed/kernel": (P, D // (f * t)),
         "dit/proj_out/kernel": (D // f, P),
         "dit/blocks/norm_scale": (L, D),
         "text/embedding": (512, V // f),

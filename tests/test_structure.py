@@ -28,14 +28,19 @@ EXPERIMENTS = sorted(path for path in (ROOT / "experiments").glob("*.py") if "de
 MAX_LINES = 450
 
 MODELS = ("vae", "dit", "text", "captioner", "attention")
+KERNELS = ("attention_cpu", "attention_cudnn", "attention_gpu", "attention_tpu")  # imported where they are called
 # Of sorax, what each of the lower modules may import; whatever is not named here stands above all of them.
 LOWER = {
     "errors": (),
     "backend": ("errors",),
     "patchify": (),
-    **dict.fromkeys(MODELS, ("patchify", "attention", "linear", "conv")),
+    **dict.fromkeys(MODELS, ("patchify", "attention", "linear", "conv", "routing")),
+    "attention_blocks": (),
+    **dict.fromkeys(KERNELS, ("attention_blocks",)),
     "conv": (),
     "linear": (),
+    "routing": (),
+    "mup": ("dit", "sharding"),
     "flow": (),
     "sampler": ("flow",),
     "functional": (),
@@ -53,12 +58,15 @@ LOWER = {
     "metrics": ("errors", "parser"),
     "parser": ("errors", "shape_match"),
     "shape_match": ("errors",),
+    "read_weights": ("errors", "sharding"),
 }
 # Libraries that they may import besides the standard one; a module that is not named may import any.
 LIBRARIES = {
     "patchify": {"numpy", "einops"},
-    **{name: {"jax", "flax", "numpy", "einops"} for name in MODELS},
+    **{name: {"jax", "flax", "numpy", "einops"} for name in (*MODELS, *KERNELS, "attention_blocks")},
     "flow": {"jax", "numpy"},
+    "routing": {"jax"},
+    "mup": {"jax"},
     "sampler": {"jax", "numpy"},
     "functional": {"jax", "flax"},
     "devices": set(),
@@ -67,7 +75,7 @@ LIBRARIES = {
     "topology": set(),
     "sharding": {"jax", "numpy"},
     "optim": {"jax", "optax"},
-    "checkpoint": {"jax", "orbax", "numpy"},
+    "checkpoint": {"jax", "orbax", "numpy", "tensorstore"},
     "errors": set(),
 }
 
