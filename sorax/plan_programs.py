@@ -132,7 +132,7 @@ def sample_program(recipe, task, mesh, topology, rows) -> Program:
     from sorax.train import compute_dtype
 
     dtype = compute_dtype(recipe.settings.dtype, "tpu")
-    params = functional.cast(params_of(task), jnp.float32)
+    params = params_of(task)
     places = sharding.shardings_for(params, mesh)
     params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), params, places)
     count, whole = sharding.batch_parts(mesh), sharding.batch_sharding(mesh)
