@@ -127,7 +127,9 @@ def _largest(data, vae, patch_size):
     return 1 + (frames - 1) * vae.temporal_stride, best[0] * grid[0], best[1] * grid[1]
 
 
-def make_plan(config, topology: Topology, *, names=PROGRAMS, video=None, report: Callable = lambda name, program: None) -> Plan:
+def make_plan(
+    config, topology: Topology, *, names=PROGRAMS, video=None, report: Callable = lambda name, program: None
+) -> Plan:
     """Compiles an experiment's programs for a topology.
 
     Args:
