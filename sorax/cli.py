@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 
-from sorax import backend, cli_data
+from sorax import backend, cli_data, cli_plan
 from sorax.errors import UserError
 
 
@@ -50,6 +50,9 @@ def _parse(argv):
     train = verb(train_verb, "train", "train what an experiment describes, or go on where its run stands")
     train.add_argument("--config", required=True, help="experiment file, such as experiments/quickstart.py")
     train.add_argument("--workdir", required=True, help="run folder")
+    train.add_argument("--profile", nargs="?", const="10:13", default="", metavar="START:STOP",
+                       help="write a profiler's trace of these steps, counted from where the run goes on, to the run "
+                       "folder (default: %(const)s)")  # fmt: skip
     train.add_argument("--config.KEY=VALUE", dest="_", help="override any key, such as --config.optim.lr=1e-4")
     train.set_defaults(takes_overrides=True)
 
@@ -113,6 +116,7 @@ def _parse(argv):
         imported.add_argument(f"--{name}", default="", help=f"with a transformer's file: {what}")
 
     cli_data.add_verbs(verbs)
+    cli_plan.add_verb(verbs)
 
     arguments, rest = parser.parse_known_args(argv)
     prefix = getattr(arguments, "prefix", "--config.")
@@ -128,8 +132,17 @@ def train_verb(arguments, overrides):
     from sorax.objectives import complete
     from sorax.train import train
 
-    train(config.load_config(arguments.config, overrides, complete), arguments.workdir)
+    profile = _steps(arguments.profile) if arguments.profile else None
+    train(config.load_config(arguments.config, overrides, complete), arguments.workdir, profile=profile)
     print(f"run: {arguments.workdir}")
+
+
+def _steps(text):
+    """(start, stop) of `--profile START:STOP`."""
+    start, colon, stop = text.partition(":")
+    if not (colon and start.isdecimal() and stop.isdecimal() and int(start) < int(stop)):
+        raise UserError(f"--profile {text!r} is no range of steps: write for example --profile 10:13")
+    return int(start), int(stop)
 
 
 def encode_verb(arguments, overrides):

@@ -30,6 +30,13 @@ READ_AHEAD_BYTES = 256 << 20  # of videos decoded before they are encoded
 MAX_CAPTIONS = 100_000  # that a survey keeps, for a tokenizer to be trained on
 
 
+def chunk_frames(config: VAEConfig, shape, together: int = 1) -> int:
+    """Frames of a chunk behind the first one, of videos `[T, H, W]` that so many devices share."""
+    T, H, W = shape
+    stride, fit = config.temporal_stride, PIXELS_A_BATCH * together // (H * W)
+    return T - 1 if fit >= T else max(stride, fit // stride * stride)
+
+
 class Codec:
     """A trained VAE with its parameters: videos <-> normalised latents, of any length and number, in bounded memory.
 
@@ -132,9 +139,8 @@ class Codec:
         """
         T, H, W = self._video_shape(way, batch.shape[1:4])
         t, h, w = self.config.latent_shape(T, H, W)
-        stride, fit = self.config.temporal_stride, PIXELS_A_BATCH * self._together // (H * W)
-        later = T - 1 if fit >= T else max(stride, fit // stride * stride)  # frames of a chunk, behind the first
-        later = later if way == ENCODE else later // stride
+        later = chunk_frames(self.config, (T, H, W), self._together)
+        later = later if way == ENCODE else later // self.config.temporal_stride
         place = None if self.mesh is None else sharding.video_sharding(self.mesh, h, w)
         put = np.asarray if place is None else functools.partial(jax.device_put, device=place)
         program = stream.programs(self.config, place)[way]

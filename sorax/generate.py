@@ -1,6 +1,7 @@
 """Prompts to videos: requests of any size packed in rows, denoised together, decoded."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -65,9 +66,8 @@ class Generator:
     def __init__(self, dit_config: DiTConfig, dit, text_config: TextConfig, text, tokenizer: Tokenizer, codec: Codec):
         self.dit_config, self.tokenizer, self.codec = dit_config, tokenizer, codec
         self.params = dict(dit=dit, text=text)
-        self.dit_graph, _ = functional.abstract(DiT, dit_config)
-        self.text_graph, _ = functional.abstract(TextEncoder, text_config)
-        self._sample = jax.jit(self._sample_rows, static_argnames=("num_samples", "guided"))
+        networks = functional.abstract(DiT, dit_config)[0], functional.abstract(TextEncoder, text_config)[0]
+        self._sample = jax.jit(functools.partial(sample_rows, networks), static_argnames=("num_samples", "guided"))
 
     def videos(self, requests, **settings) -> list[np.ndarray]:
         """Videos uint8 `[T, H, W, 3]` of requests; settings as `latents` takes them."""
@@ -139,23 +139,32 @@ class Generator:
         return RowSource(_RequestExamples(noises, tokens, lengths), row_tokens=row_tokens, row_text=row_text,
                          batch_size=1, seed=0, patch_size=patch_size)  # fmt: skip
 
-    def _sample_rows(self, params, rows, negative_tokens, solver, guidance_scale, *, num_samples, guided):
-        dit, encoder = nnx.merge(self.dit_graph, params["dit"]), nnx.merge(self.text_graph, params["text"])
-        # Both branches of guidance are rows of one batch: the second half has the negative prompts.
-        branches = [rows["text_tokens"], negative_tokens] if guided else [rows["text_tokens"]]
-        text_tokens = jnp.concatenate(branches)
-        double = lambda x: jnp.concatenate([x] * len(branches))  # noqa: E731
-        ids, text_ids, positions = (double(rows[k]) for k in ("segment_ids", "text_segment_ids", "positions"))
-        text = encoder(text_tokens, text_ids)
-        bias = slot_bias(text_tokens, text_ids, num_samples)
 
-        def velocity(x, sigma):
-            levels = jnp.full((ids.shape[0], 1), sigma)
-            level_index = jnp.zeros(ids.shape, jnp.int32)
-            v = dit(double(x), positions, ids, levels, level_index, text, text_ids, bias)
-            return guide(*jnp.split(v, 2), guidance_scale) if guided else v
+def sample_rows(networks, params, rows, negative_tokens, solver, guidance_scale, *, num_samples, guided, **run_options):
+    """Packed rows `[B, N, P]` denoised over the noise levels of a `sampler.Solver`.
 
-        return integrate(velocity, rows["tokens"], solver)
+    Args:
+        networks: graph definitions of the DiT and the text encoder. params: dict(dit=, text=).
+        rows: batch of packed rows (`data_pipelines.rows`) whose tokens are noise.
+        negative_tokens: `[B, M]` int, what guidance leads away from, packed as the captions are.
+        num_samples: most samples of a row. guided: whether there is guidance. run_options: of `DiT.__call__`.
+    """
+    dit, encoder = (nnx.merge(graph, params[name]) for graph, name in zip(networks, ("dit", "text")))
+    # Both branches of guidance are rows of one batch: the second half has the negative prompts.
+    branches = [rows["text_tokens"], negative_tokens] if guided else [rows["text_tokens"]]
+    text_tokens = jnp.concatenate(branches)
+    double = lambda x: jnp.concatenate([x] * len(branches))  # noqa: E731
+    ids, text_ids, positions = (double(rows[k]) for k in ("segment_ids", "text_segment_ids", "positions"))
+    text = encoder(text_tokens, text_ids)
+    bias = slot_bias(text_tokens, text_ids, num_samples)
+
+    def velocity(x, sigma):
+        levels = jnp.full((ids.shape[0], 1), sigma)
+        level_index = jnp.zeros(ids.shape, jnp.int32)
+        v = dit(double(x), positions, ids, levels, level_index, text, text_ids, bias, **run_options)
+        return guide(*jnp.split(v, 2), guidance_scale) if guided else v
+
+    return integrate(velocity, rows["tokens"], solver)
 
 
 def _round_up(n, multiple):

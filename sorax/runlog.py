@@ -6,6 +6,7 @@ import os
 import sys
 import time
 
+import jax
 import numpy as np
 import rich.console
 import rich.progress
@@ -58,6 +59,40 @@ class RunLog:
     def close(self):
         self._file.close()
         self._board.close()
+
+
+class Trace:
+    """A profiler's trace of some steps of a run, for TensorBoard or xprof, in `profile/` of the run folder.
+
+    Args:
+        steps: (start, stop), counted from `first`, the step that the run goes on from; None for no trace.
+    """
+
+    def __init__(self, workdir: str, steps: tuple[int, int] | None, first: int = 0):
+        self._folder, self._running = os.path.join(workdir, "profile"), False
+        self._steps = None if steps is None else (first + steps[0], first + steps[1])
+
+    def __enter__(self):
+        return self
+
+    def at(self, step: int, state):
+        """Says that a step is about to begin, from `state`: starts or ends the trace once that is computed."""
+        if self._steps and (step == self._steps[0] or (self._running and step == self._steps[1])):
+            jax.block_until_ready(state)
+            self._stop() if self._running else self._start()
+
+    def __exit__(self, *exception):
+        if self._running:
+            self._stop()
+
+    def _start(self):
+        jax.profiler.start_trace(self._folder)
+        self._running = True
+
+    def _stop(self):
+        jax.profiler.stop_trace()
+        self._running, self._steps = False, None
+        print(f"profile: {self._folder}, look at it with `tensorboard --logdir {self._folder}`")
 
 
 class Progress:

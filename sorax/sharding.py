@@ -95,7 +95,7 @@ def _slices(devices, slices):
         return np.array(devices, object).reshape(slices, -1).tolist()
     members = collections.defaultdict(list)
     for device in devices:
-        members[device.slice_index].append(device)
+        members[getattr(device, "slice_index", 0)].append(device)  # a topology of one slice has no numbers
     if slices not in (0, len(members)):
         raise UserError(f"config.mesh.slices is {slices}, but the {len(devices)} devices here are of {len(members)} "
                         "slice(s): set it to that, or to 0")  # fmt: skip

@@ -31,6 +31,7 @@ from sorax.discriminator import (
 from sorax.dit_data import held_out_source
 from sorax.encode import Codec, source_identity
 from sorax.errors import UserError
+from sorax.flops import vae_work
 from sorax.inflate import inflate
 from sorax.lpips import LPIPS
 from sorax.metrics import psnr
@@ -63,6 +64,7 @@ def vae_objective(config, workdir: str, mesh) -> Objective:
     evaluation = config_lib.build(EvalConfig, config.eval, "eval")
     opponent = config_lib.build(DiscriminatorConfig, config.get("discriminator", {}), "discriminator")
     check_path(data)
+    dtype = compute_dtype(settings.dtype, mesh.devices.flat[0].platform)
     grid = dict(spatial_multiple=model.spatial_stride, temporal_stride=model.temporal_stride,
                 index_cache=os.path.join(workdir, "index"), index_progress=runlog.reporter("index"))  # fmt: skip
     stages = _stages(config.data, data, settings.steps, grid)
@@ -117,9 +119,9 @@ def vae_objective(config, workdir: str, mesh) -> Objective:
         name="VAE",
         identity=source_identity(source, repr(order)),
         init=init,
-        loss=_make_loss(networks, weights, lpips, compute_dtype(settings.dtype), settings.remat != "none"),
+        loss=_make_loss(networks, weights, lpips, dtype, settings.remat != "none"),
         batches=batches,
-        work=lambda batch: dict(frames=int(np.prod(batch["video"].shape[:2])) * jax.process_count()),
+        work=lambda batch: vae_work(model, batch["video"].shape),
         evaluate=evaluate,
         finish=finish,
         start=start,
