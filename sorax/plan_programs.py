@@ -110,7 +110,7 @@ def train_program(recipe, task, mesh, topology, rows) -> Program:
     """The training step of `sorax.train`."""
     from sorax.train import abstract_state, compiled_step
 
-    tx = make_tx(task.optims, recipe.settings.steps)
+    tx = make_tx(task.optims, recipe.settings.steps, task.lr_factor)
     state = abstract_state(task, tx, mesh)
     place = sharding.batch_sharding(mesh)
     batch = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for k, x in task.batch_shapes.items()}

@@ -243,7 +243,7 @@ def test_what_an_experiment_leaves_to_its_default_can_be_overridden_and_is_writt
     overrides = ["data.oversize=trim", "optim.weight_decay=0.5", "train.remat=full"]
     config = config_lib.load_config(str(path), overrides, objectives.complete)
     assert (config.data.oversize, config.optim.weight_decay, config.train.remat) == ("trim", 0.5, "full")
-    assert config.checkpoint.keep == 1 and "oversize" in config.to_dict()["data"]
+    assert config.checkpoint.keep >= 1 and "oversize" in config.to_dict()["data"]
     with pytest.raises(UserError, match="did you mean"):
         config_lib.load_config(str(path), ["data.oversise=trim"], objectives.complete)
 
