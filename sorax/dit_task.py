@@ -5,6 +5,7 @@ Legend: B rows, N tokens of a row, M text slots of a row, P patch size flattened
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,7 @@ class DiTTask:
     loss: (params, batch, key, step, constants) -> {name: (sum, weight)}, as an `Objective` has it.
     validation: (params, batch, sigma, key) -> (summed error, tokens) at one noise level, nothing given.
     batch_shapes: shapes and types of the arrays of a step's batch, of all processes together.
-    skipping: which tokens skip layers, in the words of `flops.dit_forward`.
+    routing: which tokens skip layers in training, in the words of `flops.dit_forward`.
     """
 
     model: DiTConfig
@@ -67,8 +68,8 @@ class DiTTask:
     validation: Callable
     batch_shapes: dict[str, jax.ShapeDtypeStruct]
     optims: dict[str, OptimConfig]
-    skipping: dict
-    lr_factor: Callable | None = None
+    lr_factor: Callable | None
+    routing: dict[str, Any]
     averaged: Callable = lambda params: params
 
 
@@ -115,7 +116,6 @@ def dit_task(config, data, settings, mesh) -> DiTTask:
     on_mesh = mesh_options(mesh)
     constrain, run_options = on_mesh["constrain"], dict(on_mesh, remat=settings.remat, unroll=settings.unroll)
 
-    skipping = dict(share=flow_config.skip_share, route_layers=flow_config.skip_layers)
     if flow_config.skip_share and not range(model.num_layers)[slice(*flow_config.skip_layers)]:
         raise UserError(f"config.flow.skip_layers {flow_config.skip_layers} names none of {model.num_layers} layers: "
                         "give the first that tokens skip and the first that they do not")  # fmt: skip
@@ -174,8 +174,8 @@ def dit_task(config, data, settings, mesh) -> DiTTask:
     return DiTTask(
         model=model, text_model=text_model, flow=flow_config, init=init, loss=loss, validation=validation,
         batch_shapes=row_shapes(data.batch, data.row_tokens, data.row_text, model.patch_dim),
-        optims={"": config_lib.build(OptimConfig, config.optim, "optim")}, skipping=skipping,
-        lr_factor=mup.lr_factor(model),
+        optims={"": config_lib.build(OptimConfig, config.optim, "optim")}, lr_factor=mup.lr_factor(model),
+        routing=dict(share=flow_config.skip_share, route_layers=flow_config.skip_layers),
     )  # fmt: skip
 
 

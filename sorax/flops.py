@@ -18,31 +18,35 @@ from sorax.vae import VAE, VAEConfig
 
 
 def dit_forward(
-    config: DiTConfig, lengths, text_lengths, levels: int | None = None, *, share=0.0, route_layers=(0, 0)
+    config: DiTConfig, lengths, text_lengths, *, levels: int | None = None, share=0.0, route_layers=(0, 0)
 ) -> float:
     """Forward operations of the DiT for samples of `lengths` video tokens with `text_lengths` text slots each.
 
-    levels: noise levels that a time embedding is made of; None for one a sample.
-    share, route_layers: of the tokens that skip layers, see `sorax.routing` and `DiT`.
+    levels: noise levels that a time embedding is made of; None for one a sample. share, route_layers: of the tokens
+    that skip layers, see `sorax.routing` and `DiT`.
     """
     s, m = np.asarray(lengths, np.float64), np.asarray(text_lengths, np.float64)
     D, F = config.width, config.ffn_dim
     patch_out = config.patch_dim // config.in_channels * config.out_channels
-    narrow = len(range(config.num_layers)[slice(*route_layers)]) if share else 0  # layers, of the tokens that remain
-    layers = 0.0
-    for number, n in ((config.num_layers - narrow, s), (narrow, np.floor((1 - share) * s + 1e-4))):
-        layers += number * ((2 * 6 * D * D + 2 * 2 * D * F) * n.sum() + 4 * D * np.sum(n * (n + m)))
+    tokens = sum(number * n.sum() for number, n in _tokens(config, s, share, route_layers))
     ends = 2 * D * (config.patch_dim + patch_out) * s.sum()
     text = config.num_layers * 2 * 2 * D * D + 2 * D * (config.text_dim + D)
-    level = 2 * (config.freq_dim * D + D * D + 6 * D * D)
-    levels = len(s) if levels is None else levels
-    return float(layers + ends + text * m.sum() + level * levels)
+    level = 2 * (config.freq_dim * D + D * D + 6 * D * D) * (len(s) if levels is None else levels)
+    pairs = dit_attention(config, s, m, share=share, route_layers=route_layers)
+    return float((2 * 6 * D * D + 2 * 2 * D * F) * tokens + ends + text * m.sum() + pairs + level)
 
 
-def dit_attention(config: DiTConfig, lengths, text_lengths) -> float:
+def dit_attention(config: DiTConfig, lengths, text_lengths, *, share=0.0, route_layers=(0, 0)) -> float:
     """The part of `dit_forward` that is products of queries, keys and values: 4 D a pair, to video and to text."""
     s, m = np.asarray(lengths, np.float64), np.asarray(text_lengths, np.float64)
-    return float(config.num_layers * 4 * config.width * np.sum(s * (s + m)))
+    layers = _tokens(config, s, share, route_layers)
+    return float(sum(number * 4 * config.width * np.sum(n * (n + m)) for number, n in layers))
+
+
+def _tokens(config, s, share, route_layers):
+    """(layers, tokens of each sample in them): all tokens, and those that remain where a share of them skips."""
+    narrow = len(range(config.num_layers)[slice(*route_layers)]) if share else 0
+    return (config.num_layers - narrow, s), (narrow, np.floor((1 - share) * s + 1e-4))
 
 
 def text_forward(config: TextConfig, text_lengths) -> float:
@@ -99,10 +103,7 @@ def _products(jaxpr) -> float:
 
 def rows_work(dit: DiTConfig, text: TextConfig, batch, **routing) -> dict:
     """Host-side counts of this process's packed rows (numpy) of a step: samples, tokens (places of the rows),
-    useful_tokens (those that hold a sample's) and model_flops of training.
-
-    routing: that of `dit_forward`.
-    """
+    useful_tokens (those that hold a sample's) and model_flops of training. routing: that of `dit_forward`."""
     lengths, text_lengths = [], []
     for ids, text_ids in zip(batch["segment_ids"], batch["text_segment_ids"]):
         counts, text_counts = np.bincount(ids)[1:], np.bincount(text_ids)[1:]

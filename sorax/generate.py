@@ -141,7 +141,7 @@ class Generator:
 
 
 def sample_rows(networks, params, rows, negative_tokens, solver, guidance_scale, *, num_samples, guided, **run_options):
-    """Packed rows `[B, N, P]` denoised over the noise levels of a `sampler.Solver`.
+    """Packed rows `[B, N, P]` denoised over the noise levels of a solver.
 
     Args:
         networks: graph definitions of the DiT and the text encoder. params: dict(dit=, text=).

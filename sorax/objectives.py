@@ -249,7 +249,7 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
         init=task.init,
         loss=task.loss,
         batches=lambda step: make_loader(rows, start_step=step, num_workers=data.workers, **loader_options()),
-        work=lambda batch: flops.rows_work(model, text_model, batch, **task.skipping),
+        work=lambda batch: flops.rows_work(model, text_model, batch, **task.routing),
         evaluate=evaluate,
         optims=task.optims,
         lr_factor=task.lr_factor,

@@ -157,7 +157,8 @@ def make_plan(config, topology: Topology, *, names=PROGRAMS, video=None, report:
         topology=topology, mesh=dict(mesh.shape), remat=recipe.settings.remat, batch=recipe.data.batch,
         row_tokens=recipe.data.row_tokens, accumulate=recipe.settings.accumulate,
         parameters={name: functional.count(tree) for name, tree in params_of(task).items()}, rows=rows,
-        model_flops=flops.train_rows(task.model, task.text_model, lengths, texts, recipe.data.batch),
+        model_flops=flops.train_rows(task.model, task.text_model, lengths, texts, recipe.data.batch,
+                                     **task.routing),
         programs=tuple(made), step=_step_estimate(by_name.get("train"), work, recipe, mesh, topology),
         sample_seconds=_sample_estimate(by_name.get("sample"), task, rows, mesh, topology),
         peak=topology.device.flops * mesh.size,
@@ -180,10 +181,9 @@ def _work(recipe, task, mesh, rows, program):
         return None
     model, data = task.model, recipe.data
     per_row = [rows.tokens] * rows.samples, [rows.text] * rows.samples
-    attention = data.batch * flops.dit_attention(model, *per_row)
+    attention = data.batch * flops.dit_attention(model, *per_row, **task.routing)
     # Every place of a row goes through the affine layers, and each row's table of noise levels has all its places.
-    affine = data.batch * (flops.dit_forward(model, [data.row_tokens], [data.row_text], levels=data.max_segments + 1)
-                           - flops.dit_attention(model, [data.row_tokens], [data.row_text]))  # fmt: skip
+    affine = data.batch * affine_of_rows(recipe, task)
     level_table = 2 * 8 * model.width * (data.max_segments + 1) * data.row_tokens * model.num_layers * data.batch
     text = data.batch * flops.text_forward(task.text_model, per_row[1])
     count, memory = sum(map(functional.count, params_of(task).values())), program.memory
@@ -193,6 +193,13 @@ def _work(recipe, task, mesh, rows, program):
         state=2 * memory.params + memory.ema + memory.moments, weights=2 * count / mesh.shape["tensor"],
         passes=recipe.settings.accumulate,
     )  # fmt: skip
+
+
+def affine_of_rows(recipe, task, row_tokens: int = 0) -> float:
+    """Forward operations of the DiT's affine layers on all places of one row, of the experiment's length or another."""
+    row = [row_tokens or recipe.data.row_tokens], [recipe.data.row_text]
+    forward = flops.dit_forward(task.model, *row, levels=recipe.data.max_segments + 1, **task.routing)
+    return forward - flops.dit_attention(task.model, *row, **task.routing)
 
 
 def _step_estimate(program, work, recipe, mesh, topology):

@@ -19,7 +19,7 @@ from sorax.encode import CLIPS_A_BATCH, ENCODE, PIXELS_A_BATCH, chunk_frames
 from sorax.generate import sample_rows
 from sorax.objectives import DataConfig
 from sorax.optim import make_tx
-from sorax.sampler import sigma_schedule
+from sorax.sampler import make_solver
 from sorax.stream import programs
 from sorax.text import TextEncoder
 from sorax.vae import VAE, VAEConfig
@@ -120,7 +120,7 @@ def train_program(recipe, task, mesh, topology, rows) -> Program:
     layers = [x.shape[1:] for x in jax.tree.leaves(state.params["dit"]["blocks"])]
     data, shape = recipe.data, "x".join(map(str, rows.video))
     lengths, texts = ([n] * rows.samples * data.batch for n in (rows.tokens, rows.text))
-    work = flops.train_rows(task.model, task.text_model, lengths, texts, data.batch) / 3
+    work = flops.train_rows(task.model, task.text_model, lengths, texts, data.batch, **task.routing) / 3
     what = (f"{data.batch} rows of {data.row_tokens:,} tokens and {data.row_text:,} text slots, each with "
             f"{rows.samples} of {shape} ({rows.tokens:,} tokens)")  # fmt: skip
     return _compile("train", what, lambda: program.lower(state, batch, {}), mesh, memory, work,
@@ -140,12 +140,12 @@ def sample_program(recipe, task, mesh, topology, rows) -> Program:
              for k, x in task.batch_shapes.items()}  # fmt: skip
     networks = functional.abstract(DiT, task.model)[0], functional.abstract(TextEncoder, task.text_model)[0]
     sample = functools.partial(sample_rows, networks, num_samples=rows.samples, guided=True, **mesh_options(mesh))
-    sigmas = np.asarray(sigma_schedule(1, task.flow.sample_shift), dtype)
+    solver = make_solver("euler", 1, task.flow.sample_shift)
     memory = Memory(topology.device.memory, params=held(params), other_arguments=held(batch))
     lengths, texts = ([n] * rows.samples * count * 2 for n in (rows.tokens, rows.text))
     work = flops.dit_forward(task.model, lengths, texts) + flops.text_forward(task.text_model, texts)
     what = f"one guided step for {count} rows, {rows.samples * count} videos"
-    return _compile("sample", what, lambda: jax.jit(sample).lower(params, batch, batch["text_tokens"], sigmas, 5.0),
+    return _compile("sample", what, lambda: jax.jit(sample).lower(params, batch, batch["text_tokens"], solver, 5.0),
                     mesh, memory, work)  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from sorax import flops, functional, roofline, sharding
 from sorax.dit import REMAT
 from sorax.dit_task import dit_task
 from sorax.errors import UserError
-from sorax.plan import Plan, make_plan, read, usual_rows
+from sorax.plan import Plan, affine_of_rows, make_plan, read, usual_rows
 from sorax.plan_programs import params_of
 from sorax.topology import Topology
 
@@ -65,10 +65,8 @@ def candidates(config, topology: Topology, video=None) -> list[Candidate]:
         except UserError:  # a row that holds no video
             continue
         lengths = [rows.tokens] * rows.samples, [rows.text] * rows.samples
-        attention = batch * flops.dit_attention(model, *lengths)
-        whole = [row_tokens], [data.row_text]
-        affine = batch * (flops.dit_forward(model, *whole) - flops.dit_attention(model, *whole)
-                          + flops.text_forward(text, lengths[1]))  # fmt: skip
+        attention = batch * flops.dit_attention(model, *lengths, **task.routing)
+        affine = batch * (affine_of_rows(recipe, task, row_tokens) + flops.text_forward(text, lengths[1]))
         # Everything but the width of `tensor` and the tokens of `context` is a share of fsdp x tensor.
         shard = parameters / (axes[1] * axes[3])
         tokens = batch / ranks * row_tokens / axes[2] / recipe.settings.accumulate

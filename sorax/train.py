@@ -165,6 +165,7 @@ def train(config, workdir: str, *, title: str | None = None, profile: tuple[int,
     # --- Shard
     tx = make_tx(objective.optims, settings.steps, objective.lr_factor)
     abstract = abstract_state(objective, tx, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
     constants = jax.device_put(objective.constants, sharding.replicated(mesh))
     step_fn = compiled_step(objective, tx, settings, abstract, mesh)
 
@@ -178,7 +179,6 @@ def train(config, workdir: str, *, title: str | None = None, profile: tuple[int,
                             f"{objective.identity} now): put it back, or train in another workdir")  # fmt: skip
         state = _state(items, step)
     else:
-        shardings = jax.tree.map(lambda x: x.sharding, abstract)
         state = jax.jit(make_init(objective, tx), out_shardings=shardings)(jax.random.key(settings.seed))
         params = objective.start(state.params)
         if params is not state.params:
