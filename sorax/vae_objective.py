@@ -20,7 +20,7 @@ from data_pipelines.clips import check_crop
 from data_pipelines.loader import make_clip_loader
 from data_pipelines.sources import open_source
 from sorax import config as config_lib
-from sorax import functional, media, runlog
+from sorax import functional, media, runlog, sharding
 from sorax.discriminator import (
     Discriminator,
     DiscriminatorConfig,
@@ -127,7 +127,7 @@ def vae_objective(config, workdir: str, mesh) -> Objective:
         start=start,
         optims=optims,
         averaged=lambda params: dict(vae=params["vae"]),
-        constants=lpips.params if lpips else {},
+        constants=jax.device_put(lpips.params, sharding.replicated(mesh)) if lpips else {},
     )  # fmt: skip
 
 
