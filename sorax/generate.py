@@ -2,15 +2,18 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from data_pipelines.rows import RowSource
 from data_pipelines.text_tokens import Tokenizer
-from sorax import functional
+from sorax import functional, sharding
+from sorax.attention import attention
 from sorax.dit import DiT, DiTConfig
 from sorax.encode import Codec
 from sorax.errors import UserError
@@ -92,13 +95,23 @@ class _RequestExamples:
 
 
 class Generator:
-    """Text-to-video sampling with a DiT, its text encoder and tokenizer, and a VAE codec."""
+    """Text-to-video sampling with a DiT, its text encoder and tokenizer, and a VAE codec.
 
-    def __init__(self, dit_config: DiTConfig, dit, text_config: TextConfig, text, tokenizer: Tokenizer, codec: Codec):
+    With a mesh the networks' parameters lie on it as in training, and all its processes call `latents` alike.
+    """
+
+    def __init__(self, dit_config: DiTConfig, dit, text_config: TextConfig, text, tokenizer: Tokenizer, codec: Codec,
+                 mesh: Mesh | None = None):  # fmt: skip
         self.dit_config, self.tokenizer, self.codec = dit_config, tokenizer, codec
         self.params = dict(dit=dit, text=text)
         networks = functional.abstract(DiT, dit_config)[0], functional.abstract(TextEncoder, text_config)[0]
-        self._sample = jax.jit(functools.partial(sample_rows, networks), static_argnames=("num_samples", "guided"))
+        self.mesh, options, place = mesh, {}, None
+        if mesh is not None:
+            attend, attend_text = sharding.attention_on(mesh, attention)
+            options = dict(constrain=sharding.activation_constraint(mesh), attend=attend, attend_text=attend_text)
+            place = sharding.replicated(mesh)
+        self._sample = jax.jit(functools.partial(sample_rows, networks, **options), out_shardings=place,
+                               static_argnames=("num_samples", "guided"))  # fmt: skip
 
     def videos(self, requests, **settings) -> list[np.ndarray]:
         """Videos uint8 `[T, H, W, 3]` of requests; settings as `latents` takes them."""
@@ -137,12 +150,15 @@ class Generator:
             extra = dict(given=self._rows(masks, prompts, lengths), clean=self._rows(clean, prompts, lengths))
 
         results, count = [None] * len(requests), len(rows.plan(0))
-        size = min(ROWS_A_BATCH, count)
+        parts = 1 if self.mesh is None else sharding.batch_parts(self.mesh)
+        size = _round_up(min(ROWS_A_BATCH, count), parts)
         for start in range(0, count, size):
             indices = [min(i, count - 1) for i in range(start, start + size)]  # the last batch repeats its last row
             batch = _stack([rows[i] for i in indices])
             negative = _stack([negative_rows[i] for i in indices])["text_tokens"]
             batch |= {name: _stack([source[i] for i in indices])["tokens"] for name, source in extra.items()}
+            if self.mesh is not None:
+                batch, negative = sharding.put_rows((batch, negative), self.mesh)
             num_samples = max(len(row) for row in (rows.samples(i) for i in range(count)))
             final = np.asarray(self._sample(self.params, batch, negative, solver, guidance_scale,
                                             num_samples=num_samples, guided=guided))  # fmt: skip
@@ -187,7 +203,8 @@ class Generator:
         patch_size = self.dit_config.patch_size
         counts = [num_tokens(noise.shape[:3], patch_size) for noise in noises]
         # Lengths are rounded up, so that sets of requests that differ a little share a compiled program.
-        row_tokens = _round_up(min(max(ROW_TOKENS, max(counts)), sum(counts)), 16)
+        context = 1 if self.mesh is None else self.mesh.shape["context"]
+        row_tokens = _round_up(min(max(ROW_TOKENS, max(counts)), sum(counts)), math.lcm(16, context))
         share = max((n + 1) / c for n, c in zip(lengths, counts))
         row_text = _round_up(int(min(share * row_tokens, sum(lengths) + len(lengths))) + max(lengths) + 1, 64)
         return RowSource(_RequestExamples(noises, tokens, lengths), row_tokens=row_tokens, row_text=row_text,

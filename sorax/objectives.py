@@ -12,7 +12,7 @@ from data_pipelines.loader import make_loader
 from data_pipelines.packing import token_costs
 from data_pipelines.rows import RowSource
 from sorax import config as config_lib
-from sorax import flops, media, sharding
+from sorax import flops, media, processes, sharding
 from sorax.discriminator import DiscriminatorConfig
 from sorax.dit_data import prepare_data, prepare_vae
 from sorax.dit_task import FlowConfig, check_networks, check_rows, dit_task
@@ -186,12 +186,15 @@ def check_path(data):
         raise UserError("config.data.path is empty: set --config.data.path=FOLDER (videos with captions), or =world")
 
 
-def loader_options():
-    return dict(process_index=jax.process_index(), process_count=jax.process_count())
+def loader_options(mesh):
+    """Which rows of a batch this process reads: those that its devices hold."""
+    return dict(process_index=sharding.row_shares(mesh)[0], process_count=sharding.batch_parts(mesh))
 
 
 def write_samples(folder, step, videos, captions):
-    """A contact sheet of a step's videos in the run folder."""
+    """A contact sheet of a step's videos in the run folder, by the first process."""
+    if not processes.is_first():
+        return
     os.makedirs(folder, exist_ok=True)
     media.write_sheet(os.path.join(folder, f"step_{step:07d}.png"), videos, captions)
 
@@ -234,18 +237,19 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
 
     def evaluate(state, step, folder):
         params, metrics = state.ema_params, {}
-        batch = sharding.put_batch(next(make_loader(val_rows, **loader_options())), mesh)
+        batch = sharding.put_batch(next(make_loader(val_rows, **loader_options(mesh))), mesh)
         for i, sigma in enumerate(VALIDATION_SIGMAS):
             total, count = task.validation(params, batch, sigma, jax.random.key(i), constants)
             metrics[f"val_loss_sigma_{sigma:g}"] = float(total / count)
         metrics["val_loss"] = float(np.mean(list(metrics.values())))
-        here = jax.device_get(params | constants)
-        generator = Generator(model, here["dit"], text_model, here["text"], tokenizer, codec)
+        networks = params | constants
+        generator = Generator(model, networks["dit"], text_model, networks["text"], tokenizer, codec, mesh)
         some = range(min(evaluation.num_videos, len(val_examples)))
         shapes = val_examples.video_shapes.tolist()
         requests = [Request(val_examples.caption(i), *shapes[i], seed=i) for i in some]
-        made = generator.videos(requests, num_steps=evaluation.num_steps, solver=evaluation.solver,
-                                guidance_scale=evaluation.guidance_scale, shift=task.flow.sample_shift)  # fmt: skip
+        latents = generator.latents(requests, num_steps=evaluation.num_steps, solver=evaluation.solver,
+                                    guidance_scale=evaluation.guidance_scale, shift=task.flow.sample_shift)  # fmt: skip
+        made = codec.decode(latents) if processes.is_first() else []  # who writes them down
         write_samples(folder, step, made, [r.prompt for r in requests])
         videos = {f"sample/{i}": video for i, video in enumerate(made)}
         return metrics, videos, float(val_examples.fps[0])
@@ -255,7 +259,7 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
         identity=f"{rows.identity}-{examples.identity}",
         init=task.init,
         loss=task.loss,
-        batches=lambda step: make_loader(rows, start_step=step, num_workers=data.workers, **loader_options()),
+        batches=lambda step: make_loader(rows, start_step=step, num_workers=data.workers, **loader_options(mesh)),
         work=lambda batch: flops.rows_work(model, text_model, batch, **task.routing),
         evaluate=evaluate,
         start=start,

@@ -223,6 +223,12 @@ def put_batch(batch, mesh: Mesh):
     return jax.tree.map(put, batch)
 
 
+def put_rows(batch, mesh: Mesh):
+    """As `put_batch`, where every process has all rows."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), batch)
+
+
 # --- Packed rows: tokens over context, heads over tensor
 
 
@@ -231,7 +237,7 @@ def check_rows(mesh: Mesh, num_heads: int, row_tokens: int):
     context, tensor = mesh.shape["context"], mesh.shape["tensor"]
     if num_heads % (context * tensor):
         raise UserError(f"{num_heads} heads of attention cannot be split over context={context} x tensor={tensor} "
-                        "devices: make their product a divisor of config.model.num_heads")  # fmt: skip
+                        "devices: make config.mesh.context x config.mesh.tensor a divisor of config.model.num_heads")
     if row_tokens % context:
         raise UserError(f"rows of {row_tokens} tokens cannot be split over context={context} devices: make "
                         "config.data.row_tokens a multiple of config.mesh.context")  # fmt: skip

@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from sorax import config as config_lib
-from sorax import sharding
+from sorax import processes, sharding
 from sorax.checkpoint import Checkpoints
 from sorax.devices import peak_flops
 from sorax.errors import UserError
@@ -157,7 +157,7 @@ def train(config, workdir: str, *, title: str | None = None, profile: tuple[int,
     except OSError as error:
         raise UserError(f"run folder {workdir!r} cannot be made ({error.strerror}): name another --workdir") from error
     config = keep_ranks(config, workdir, mesh)
-    config_lib.save_config(config, workdir, complete)
+    config_lib.save_config(config, workdir, complete, write=processes.is_first())
 
     # --- Data, model
     objective = make_objective(config, workdir, mesh)
@@ -190,7 +190,7 @@ def train(config, workdir: str, *, title: str | None = None, profile: tuple[int,
         print(f"{title}: already at step {step} of {settings.steps} in {workdir}")
         checkpoints.close()
         return
-    log = RunLog(workdir, step)
+    log = RunLog(workdir, step, write=processes.is_first())
     schedule = learning_rate(next(iter(objective.optims.values())), settings.steps)
     _, same = sharding.row_shares(mesh)
     peak = mesh.size * (peak_flops(mesh.devices.flat[0].device_kind) or 0)
