@@ -36,9 +36,12 @@ def plan_verb(arguments, overrides):
     place = topology.open_topology(arguments.topology, arguments.slices)
     names, video = _programs(arguments.programs), _video(arguments.video)
     if not arguments.search:
-        made = plan.make_plan(config, place, names=names, video=video,
-                              report=lambda name: print(f"compiling {name} ...", flush=True))  # fmt: skip
-        print("\n".join(plan_report.lines(made, arguments.tokens)))
+
+        def progress(name, program):
+            print(f"{name}: {plan_report.memory_line(program) if program else 'compiling ...'}", flush=True)
+
+        made = plan.make_plan(config, place, names=names, video=video, report=progress)
+        print("\n" + "\n".join(plan_report.lines(made, arguments.tokens)))
         return
     if arguments.max_compiles < 1:
         raise UserError(f"--max-compiles is {arguments.max_compiles}: it must be at least 1")

@@ -212,7 +212,7 @@ class Generator:
 
 
 def sample_rows(networks, params, rows, negative_tokens, solver, guidance_scale, *, num_samples, guided, **run_options):
-    """Packed rows `[B, N, P]` denoised over the noise levels of a solver.
+    """Packed rows `[B, N, P]` denoised over the noise levels of a solver; the networks run in their parameters' dtype.
 
     Args:
         networks: graph definitions of the DiT and the text encoder. params: dict(dit=, text=).
@@ -222,6 +222,7 @@ def sample_rows(networks, params, rows, negative_tokens, solver, guidance_scale,
         num_samples: most samples of a row. guided: whether there is guidance. run_options: of `DiT.__call__`.
     """
     dit, encoder = (nnx.merge(graph, params[name]) for graph, name in zip(networks, ("dit", "text")))
+    dtype = params["dit"]["patch_embed"]["kernel"].dtype
     # Both branches of guidance are rows of one batch: the second half has the negative prompts.
     branches = [rows["text_tokens"], negative_tokens] if guided else [rows["text_tokens"]]
     text_tokens = jnp.concatenate(branches)
@@ -239,7 +240,7 @@ def sample_rows(networks, params, rows, negative_tokens, solver, guidance_scale,
     def velocity(x, sigma):
         levels = jnp.broadcast_to(jnp.stack([sigma, 0 * sigma]), (ids.shape[0], 2))  # as noisy as x, and clean
         x = put(x)
-        v = dit(double(x), positions, ids, levels, level_index, text, text_ids, bias, **run_options)
+        v = dit(double(x).astype(dtype), positions, ids, levels, level_index, text, text_ids, bias, **run_options)
         return guide(*jnp.split(v, 2), guidance_scale) if guided else v
 
     return put(integrate(velocity, rows["tokens"], solver))

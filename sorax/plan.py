@@ -127,12 +127,14 @@ def _largest(data, vae, patch_size):
     return 1 + (frames - 1) * vae.temporal_stride, best[0] * grid[0], best[1] * grid[1]
 
 
-def make_plan(config, topology: Topology, *, names=PROGRAMS, video=None, report: Callable = lambda name: None) -> Plan:
+def make_plan(
+    config, topology: Topology, *, names=PROGRAMS, video=None, report: Callable = lambda name, program: None
+) -> Plan:
     """Compiles an experiment's programs for a topology.
 
     Args:
         config: of a DiT experiment. names: which of PROGRAMS. video: see `usual_rows`.
-        report: called with each program's name before it is compiled.
+        report: called with each program's name and None before it is compiled, and with the program after.
 
     Raises:
         UserError: the mesh, the batch or the heads cannot be laid over the topology; see also `read`.
@@ -149,8 +151,9 @@ def make_plan(config, topology: Topology, *, names=PROGRAMS, video=None, report:
                   decode=functools.partial(vae_program, DECODE))  # fmt: skip
     made = []
     for name in names:
-        report(name)
+        report(name, None)
         made.append(makers[name](recipe, task, mesh, topology, rows))
+        report(name, made[-1])
     by_name = {program.name: program for program in made}
     work = _work(recipe, task, mesh, rows, by_name.get("train"))
     return Plan(

@@ -132,11 +132,11 @@ def sample_program(recipe, task, mesh, topology, rows) -> Program:
     from sorax.train import compute_dtype
 
     dtype = compute_dtype(recipe.settings.dtype, "tpu")
-    params = functional.cast(params_of(task), jnp.float32)
+    params = params_of(task)
     places = sharding.shardings_for(params, mesh)
     params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), params, places)
     count, whole = sharding.batch_parts(mesh), sharding.batch_sharding(mesh)
-    batch = {k: jax.ShapeDtypeStruct((count, *x.shape[1:]), dtype if k == "tokens" else x.dtype, sharding=whole)
+    batch = {k: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype, sharding=whole)
              for k, x in task.batch_shapes.items()}  # fmt: skip
     networks = functional.abstract(DiT, task.model)[0], functional.abstract(TextEncoder, task.text_model)[0]
     sample = functools.partial(sample_rows, networks, num_samples=rows.samples, guided=True, **mesh_options(mesh))

@@ -41,13 +41,17 @@ def verdict(plan: Plan) -> str:
             "mesh.tensor, train.remat=full or offload, train.accumulate, or shorter rows (--search)")  # fmt: skip
 
 
+def memory_line(program: Program) -> str:
+    """Whether a program fits, and by how much."""
+    memory, state = program.memory, "fits" if program.fits else "DOES NOT FIT"
+    by = f"{abs(memory.left) / GIB:.2f} GiB {'free' if memory.left >= 0 else 'over'}"
+    return (f"{state}, {by}: {memory.total / GIB:.2f} of {memory.limit / GIB:.2f} GiB a device (compiled in "
+            f"{program.seconds:.0f} s)")  # fmt: skip
+
+
 def _program(program: Program) -> list[str]:
     memory = program.memory
-    state = "fits" if program.fits else "DOES NOT FIT"
-    by = f"{abs(memory.left) / GIB:.2f} GiB {'free' if memory.left >= 0 else 'over'}"
-    found = [f"{program.name}: {program.what}",
-             f"  {state}, {by}: {memory.total / GIB:.2f} of {memory.limit / GIB:.2f} GiB a device "
-             f"(compiled in {program.seconds:.0f} s)"]  # fmt: skip
+    found = [f"{program.name}: {program.what}", f"  {memory_line(program)}"]
     parts = dict(params=memory.params, EMA=memory.ema, moments=memory.moments, inputs=memory.other_arguments,
                  activations=memory.activations, temporaries=memory.other_temporaries,
                  results=memory.results)  # fmt: skip

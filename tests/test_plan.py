@@ -179,12 +179,13 @@ def test_a_search_tries_what_is_possible_and_the_fastest_first():
 
 
 def test_a_search_puts_what_cannot_fit_behind():
-    config = config_lib.load_config(str(ROOT / "experiments" / "wan_14b.py"), ["data.batch=8"], plan.complete)
+    config = config_lib.load_config(str(ROOT / "experiments" / "wan_14b.py"), ["data.batch=4"], plan.complete)
     place = dataclasses.replace(here(), device=V5P)
-    found = plan_search.candidates(config, place)
+    found = plan_search.candidates(config, place, video=(1, 720, 1280))
     fits = [c.memory <= V5P.memory for c in found]
     assert any(fits) and not all(fits) and fits == sorted(fits, reverse=True)
-    assert not any(c.axes == (8, 1, 1, 1) for c, fit in zip(found, fits) if fit)  # 14B, copied on every device
+    split = {c.axes[1] * c.axes[3] for c, fit in zip(found, fits) if fit}
+    assert min(split) >= 4  # 14B parameters with their optimizer need at least three devices
 
 
 # --- Refusals
