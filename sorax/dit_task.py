@@ -53,9 +53,10 @@ class DiTTask:
 
     What the training step needs of an `Objective` has the same name here.
 
-    init: key -> params, dict(dit=, text=).
+    init: key -> params of what is trained, dict(dit=, text=) or one of them.
     loss: (params, batch, key, step, constants) -> {name: (sum, weight)}, as an `Objective` has it.
-    validation: (params, batch, sigma, key) -> (summed error, tokens) at one noise level, nothing given.
+    validation: (params, batch, sigma, key, constants) -> (summed error, tokens) at one noise level, nothing given.
+    frozen: shapes, types and places of the networks that are not trained, the `constants` of the loss.
     batch_shapes: shapes and types of the arrays of a step's batch, of all processes together.
     routing: which tokens skip layers in training, in the words of `flops.dit_forward`.
     """
@@ -69,6 +70,7 @@ class DiTTask:
     batch_shapes: dict[str, jax.ShapeDtypeStruct]
     optims: dict[str, OptimConfig]
     lr_factor: Callable | None
+    frozen: dict
     routing: dict[str, Any]
     averaged: Callable = lambda params: params
 
@@ -120,10 +122,22 @@ def dit_task(config, data, settings, mesh) -> DiTTask:
         raise UserError(f"config.flow.skip_layers {flow_config.skip_layers} names none of {model.num_layers} layers: "
                         "give the first that tokens skip and the first that they do not")  # fmt: skip
 
+    networks = dict(dit=(DiT, model), text=(TextEncoder, text_model))
+    for name in settings.freeze:
+        if name not in networks or len(set(settings.freeze)) == len(networks):
+            raise UserError(f"config.train.freeze is {settings.freeze}: name one of the networks {', '.join(networks)}")
+        if not config.get("init"):
+            raise UserError(f"config.train.freeze names {name!r}, but config.init names no weights that it could keep: "
+                            "set it to a WanPipeline folder or a run")  # fmt: skip
+
     def init(key):
-        dit_key, text_key = jax.random.split(key)
-        dit = mup.rescale(functional.init(DiT, model, dit_key), model)
-        return dict(dit=dit, text=functional.init(TextEncoder, text_model, text_key))
+        keys = dict(zip(networks, jax.random.split(key)))
+        made = {name: functional.init(*networks[name], keys[name]) for name in networks if name not in settings.freeze}
+        return made | (dict(dit=mup.rescale(made["dit"], model)) if "dit" in made else {})
+
+    frozen = {name: functional.abstract(*networks[name])[1] for name in settings.freeze}
+    frozen = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), frozen,
+                          sharding.shardings_for(frozen, mesh))  # fmt: skip
 
     def velocity_error(params, batch, text_tokens, given, levels, noise_key, route=None):
         params = functional.cast(params, dtype)
@@ -154,7 +168,9 @@ def dit_task(config, data, settings, mesh) -> DiTTask:
         route = None
         if flow_config.skip_share:
             route = routing.choose(jax.random.fold_in(key, 4), ids, S, flow_config.skip_share)
-        error, generated, level_index = velocity_error(params, batch, text, given, levels, noise_key, route)
+        error, generated, level_index = velocity_error(
+            params | constants, batch, text, given, levels, noise_key, route
+        )
         sums = dict(loss=(jnp.sum(error), jnp.sum(generated, dtype=jnp.float32)))
         sigma = jnp.take_along_axis(levels, level_index, axis=1)
         for k in range(SIGMA_BINS):
@@ -164,17 +180,18 @@ def dit_task(config, data, settings, mesh) -> DiTTask:
         return sums
 
     @jax.jit
-    def validation(params, batch, sigma, key):
+    def validation(params, batch, sigma, key, constants):
         ids = batch["segment_ids"]
         levels = jnp.full((ids.shape[0], S + 1), sigma).at[:, 0].set(0.0)
         given = jnp.zeros(ids.shape, bool)
-        error, generated, _ = velocity_error(params, batch, batch["text_tokens"], given, levels, key)
+        error, generated, _ = velocity_error(params | constants, batch, batch["text_tokens"], given, levels, key)
         return jnp.sum(error), jnp.sum(generated)
 
     return DiTTask(
         model=model, text_model=text_model, flow=flow_config, init=init, loss=loss, validation=validation,
         batch_shapes=row_shapes(data.batch, data.row_tokens, data.row_text, model.patch_dim),
         optims={"": config_lib.build(OptimConfig, config.optim, "optim")}, lr_factor=mup.lr_factor(model),
+        frozen=frozen,
         routing=dict(share=flow_config.skip_share, route_layers=flow_config.skip_layers),
     )  # fmt: skip
 

@@ -11,14 +11,13 @@ import itertools
 import jax
 import ml_dtypes
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from data_pipelines import latent_writer
 from data_pipelines.latent_shards import LatentShards
 from data_pipelines.read_ahead import read_ahead
 from data_pipelines.text_tokens import MAX_TOKENS, Tokenizer
-from sorax import functional, sharding, stream
+from sorax import functional, processes, sharding, stream
 from sorax.errors import UserError
 from sorax.runlog import Progress
 from sorax.vae import VAE, VAEConfig
@@ -274,12 +273,12 @@ def encode_source(
         if first:
             writer.prepare(replace=replace)
             tokenizer.save(folder)
-        _wait_for_all(f"{title}: prepared")
+        processes.wait(f"{title}: prepared")
         _write_shards(codec, source, tokenizer, writer, found.shapes, workers, title)
-        _wait_for_all(f"{title}: written")
+        processes.wait(f"{title}: written")
         if first:
             writer.finish()
-        _wait_for_all(f"{title}: finished")
+        processes.wait(f"{title}: finished")
     return LatentShards(folder, split)
 
 
@@ -363,8 +362,3 @@ def _check_captions(source, found, tokenizer):
     for i in np.flatnonzero(found.caption_bytes > MAX_TOKENS // 2).tolist():
         spec = source.spec(i)
         tokenizer.encode(spec.caption, spec.key)
-
-
-def _wait_for_all(name):
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)

@@ -117,7 +117,7 @@ def rows_work(dit: DiTConfig, text: TextConfig, batch, **routing) -> dict:
 def train_rows(dit: DiTConfig, text: TextConfig, lengths, text_lengths, rows: int, **routing) -> float:
     """Operations of a training step (forward and backward) on samples packed in so many rows, all samples together.
 
-    A row has a noise level a sample, and the clean one.
+    A row has a noise level a sample, and the clean one. routing: that of `dit_forward`.
     """
     forward = dit_forward(dit, lengths, text_lengths, levels=len(lengths) + rows, **routing)
     return 3 * (forward + text_forward(text, text_lengths))

@@ -12,7 +12,7 @@ from data_pipelines.loader import make_loader
 from data_pipelines.packing import token_costs
 from data_pipelines.rows import RowSource
 from sorax import config as config_lib
-from sorax import flops, media, sharding
+from sorax import flops, media, processes, sharding
 from sorax.discriminator import DiscriminatorConfig
 from sorax.dit_data import prepare_data, prepare_vae
 from sorax.dit_task import FlowConfig, check_networks, check_rows, dit_task
@@ -20,6 +20,7 @@ from sorax.encode import Codec
 from sorax.errors import UserError
 from sorax.generate import Generator, Request
 from sorax.optim import OptimConfig
+from sorax.runs import start_params
 
 VALIDATION_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
@@ -139,7 +140,7 @@ def make_objective(config, workdir: str, mesh) -> Objective:
     makers = {"vae": vae_objective, "dit": dit_objective}
     if config.get("kind") not in makers:
         raise UserError(f"config.kind is {config.get('kind')!r}: use one of {', '.join(makers)}")
-    own = dict(vae=("loss", "discriminator", "discriminator_optim", "init"), dit=("vae", "text", "flow"))
+    own = dict(vae=("loss", "discriminator", "discriminator_optim", "init"), dit=("vae", "text", "flow", "init"))
     known = (*own[config.kind], "kind", "model", "data", "optim", "train", "checkpoint", "mesh", "eval", "path")
     for section in config:
         if section not in known:
@@ -154,11 +155,11 @@ def complete(config):
     sections = dict(data=DataConfig, optim=OptimConfig, train=TrainConfig, checkpoint=CheckpointConfig, eval=EvalConfig,
                     loss=VAELossConfig, flow=FlowConfig, discriminator=DiscriminatorConfig,
                     discriminator_optim=OptimConfig, mesh=sharding.MeshConfig)  # fmt: skip
-    if config.get("kind") == "vae":
-        with config.unlocked():
-            for name, value in dict(init="", discriminator={}, discriminator_optim=DISCRIMINATOR_OPTIM).items():
-                if name not in config:
-                    config[name] = value
+    own = dict(vae=dict(init="", discriminator={}, discriminator_optim=DISCRIMINATOR_OPTIM), dit=dict(init=""))
+    with config.unlocked():
+        for name, value in own.get(config.get("kind"), {}).items():
+            if name not in config:
+                config[name] = value
     for name, cls in sections.items():
         if name in config:
             config_lib.add_defaults(config[name], cls)
@@ -185,18 +186,21 @@ def check_path(data):
         raise UserError("config.data.path is empty: set --config.data.path=FOLDER (videos with captions), or =world")
 
 
-def loader_options():
-    return dict(process_index=jax.process_index(), process_count=jax.process_count())
+def loader_options(mesh):
+    """Which rows of a batch this process reads: those that its devices hold."""
+    return dict(process_index=sharding.row_shares(mesh)[0], process_count=sharding.batch_parts(mesh))
 
 
 def write_samples(folder, step, videos, captions):
-    """A contact sheet of a step's videos in the run folder."""
+    """A contact sheet of a step's videos in the run folder, by the first process."""
+    if not processes.is_first():
+        return
     os.makedirs(folder, exist_ok=True)
     media.write_sheet(os.path.join(folder, f"step_{step:07d}.png"), videos, captions)
 
 
 def dit_objective(config, workdir: str, mesh) -> Objective:
-    """Rectified flow over packed latent rows, with the text encoder trained along."""
+    """Rectified flow over packed latent rows, with the text encoder trained along or kept as it is."""
     from sorax.train import TrainConfig
 
     data = config_lib.build(DataConfig, config.data, "data")
@@ -225,20 +229,27 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
                      **row_options)  # fmt: skip
     val_rows = RowSource(val_examples, seed=0, **row_options)
 
+    # --- What is read: networks that start from other weights, and those that keep them
+    constants = start_params(config, workdir, task.frozen, places=task.frozen) if task.frozen else {}
+
+    def start(params):
+        return params | start_params(config, workdir, params, places=params) if config.get("init") else params
+
     def evaluate(state, step, folder):
         params, metrics = state.ema_params, {}
-        batch = sharding.put_batch(next(make_loader(val_rows, **loader_options())), mesh)
+        batch = sharding.put_batch(next(make_loader(val_rows, **loader_options(mesh))), mesh)
         for i, sigma in enumerate(VALIDATION_SIGMAS):
-            total, count = task.validation(params, batch, sigma, jax.random.key(i))
+            total, count = task.validation(params, batch, sigma, jax.random.key(i), constants)
             metrics[f"val_loss_sigma_{sigma:g}"] = float(total / count)
         metrics["val_loss"] = float(np.mean(list(metrics.values())))
-        here = jax.device_get(params)
-        generator = Generator(model, here["dit"], text_model, here["text"], tokenizer, codec)
+        networks = params | constants
+        generator = Generator(model, networks["dit"], text_model, networks["text"], tokenizer, codec, mesh)
         some = range(min(evaluation.num_videos, len(val_examples)))
         shapes = val_examples.video_shapes.tolist()
         requests = [Request(val_examples.caption(i), *shapes[i], seed=i) for i in some]
-        made = generator.videos(requests, num_steps=evaluation.num_steps, solver=evaluation.solver,
-                                guidance_scale=evaluation.guidance_scale, shift=task.flow.sample_shift)  # fmt: skip
+        latents = generator.latents(requests, num_steps=evaluation.num_steps, solver=evaluation.solver,
+                                    guidance_scale=evaluation.guidance_scale, shift=task.flow.sample_shift)  # fmt: skip
+        made = codec.decode(latents) if processes.is_first() else []  # who writes them down
         write_samples(folder, step, made, [r.prompt for r in requests])
         videos = {f"sample/{i}": video for i, video in enumerate(made)}
         return metrics, videos, float(val_examples.fps[0])
@@ -248,9 +259,11 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
         identity=f"{rows.identity}-{examples.identity}",
         init=task.init,
         loss=task.loss,
-        batches=lambda step: make_loader(rows, start_step=step, num_workers=data.workers, **loader_options()),
+        batches=lambda step: make_loader(rows, start_step=step, num_workers=data.workers, **loader_options(mesh)),
         work=lambda batch: flops.rows_work(model, text_model, batch, **task.routing),
         evaluate=evaluate,
+        start=start,
+        constants=constants,
         optims=task.optims,
         lr_factor=task.lr_factor,
     )

@@ -17,10 +17,15 @@ from sorax.media import gif_bytes
 
 
 class RunLog:
-    """Metrics of one run folder. Lines after `start_step`, left by an interrupted run, are cut off first."""
+    """Metrics of one run folder. Lines after `start_step`, left by an interrupted run, are cut off first.
 
-    def __init__(self, workdir: str, start_step: int = 0):
-        self.path = os.path.join(workdir, "metrics.jsonl")
+    With write=False nothing is written: another process does.
+    """
+
+    def __init__(self, workdir: str, start_step: int = 0, *, write: bool = True):
+        self.path, self._file = os.path.join(workdir, "metrics.jsonl"), None
+        if not write:
+            return
         self._keep_until(start_step)
         self._file = open(self.path, "a", buffering=1)  # noqa: SIM115 (open as long as the run)
         self._board = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=start_step + 1)
@@ -43,6 +48,8 @@ class RunLog:
 
     def write(self, step: int, metrics: dict):
         """One JSON line and one TensorBoard point per metric; values are numbers."""
+        if self._file is None:
+            return
         row = {"step": step} | {name: float(value) for name, value in metrics.items()}
         self._file.write(json.dumps(row) + "\n")
         for name, value in row.items():
@@ -51,12 +58,16 @@ class RunLog:
 
     def video(self, step: int, name: str, video: np.ndarray, fps: float):
         """A video uint8 `[T, H, W, 3]` for TensorBoard, which plays animated GIFs as images."""
+        if self._file is None:
+            return
         _, H, W, _ = video.shape
         image = Summary.Image(height=H, width=W, colorspace=3, encoded_image_string=gif_bytes(video, fps))
         summary = Summary(value=[Summary.Value(tag=name, image=image)])
         self._board.file_writer.add_summary(summary, step)
 
     def close(self):
+        if self._file is None:
+            return
         self._file.close()
         self._board.close()
 

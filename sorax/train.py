@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from sorax import config as config_lib
-from sorax import sharding
+from sorax import processes, sharding
 from sorax.checkpoint import Checkpoints
 from sorax.devices import peak_flops
 from sorax.errors import UserError
@@ -29,7 +29,8 @@ class TrainConfig:
     log_every: int = 50
     accumulate: int = 1  # micro-batches a step; the batch is split, the result is that of the whole batch
     dtype: str = "auto"  # of the forward pass: float32, bfloat16, or auto (float32 on CPU, bfloat16 elsewhere)
-    remat: str = "none"  # what the backward pass recomputes: none, dots, full
+    freeze: tuple[str, ...] = ()  # networks that keep the weights of config.init: text (or dit)
+    remat: str = "none"  # what the backward pass recomputes, see `DiT.__call__`
     unroll: bool = False  # a loop over the layers in place of a scan: faster on a CPU, slower to compile
 
 
@@ -126,7 +127,7 @@ def compiled_step(objective, tx, settings: TrainConfig, abstract, mesh):
     optim = next(iter(objective.optims.values()))  # of the network that the run is about
     return jax.jit(
         make_step(objective, tx, optim.average_decay, settings.accumulate),
-        in_shardings=(shardings, sharding.batch_sharding(mesh), sharding.replicated(mesh)),
+        in_shardings=(shardings, sharding.batch_sharding(mesh), None),  # constants are where their objective put them
         out_shardings=(shardings, sharding.replicated(mesh)),
         donate_argnums=0,
     )
@@ -156,7 +157,7 @@ def train(config, workdir: str, *, title: str | None = None, profile: tuple[int,
     except OSError as error:
         raise UserError(f"run folder {workdir!r} cannot be made ({error.strerror}): name another --workdir") from error
     config = keep_ranks(config, workdir, mesh)
-    config_lib.save_config(config, workdir, complete)
+    config_lib.save_config(config, workdir, complete, write=processes.is_first())
 
     # --- Data, model
     objective = make_objective(config, workdir, mesh)
@@ -166,7 +167,6 @@ def train(config, workdir: str, *, title: str | None = None, profile: tuple[int,
     tx = make_tx(objective.optims, settings.steps, objective.lr_factor)
     abstract = abstract_state(objective, tx, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    constants = jax.device_put(objective.constants, sharding.replicated(mesh))
     step_fn = compiled_step(objective, tx, settings, abstract, mesh)
 
     # --- Resume
@@ -190,7 +190,7 @@ def train(config, workdir: str, *, title: str | None = None, profile: tuple[int,
         print(f"{title}: already at step {step} of {settings.steps} in {workdir}")
         checkpoints.close()
         return
-    log = RunLog(workdir, step)
+    log = RunLog(workdir, step, write=processes.is_first())
     schedule = learning_rate(next(iter(objective.optims.values())), settings.steps)
     _, same = sharding.row_shares(mesh)
     peak = mesh.size * (peak_flops(mesh.devices.flat[0].device_kind) or 0)
@@ -205,7 +205,7 @@ def train(config, workdir: str, *, title: str | None = None, profile: tuple[int,
             trace.at(step, state)
             batch = next(batches)
             work.append(objective.work(batch))
-            state, sums = step_fn(state, sharding.put_batch(batch, mesh), constants)
+            state, sums = step_fn(state, sharding.put_batch(batch, mesh), objective.constants)
             pending.append(sums)
             step += 1
             if step % settings.log_every == 0 or step == settings.steps:

@@ -20,7 +20,7 @@ from data_pipelines.clips import check_crop
 from data_pipelines.loader import make_clip_loader
 from data_pipelines.sources import open_source
 from sorax import config as config_lib
-from sorax import functional, media, runlog
+from sorax import functional, media, processes, runlog, sharding
 from sorax.discriminator import (
     Discriminator,
     DiscriminatorConfig,
@@ -67,9 +67,10 @@ def vae_objective(config, workdir: str, mesh) -> Objective:
     dtype = compute_dtype(settings.dtype, mesh.devices.flat[0].platform)
     grid = dict(spatial_multiple=model.spatial_stride, temporal_stride=model.temporal_stride,
                 index_cache=os.path.join(workdir, "index"), index_progress=runlog.reporter("index"))  # fmt: skip
-    stages = _stages(config.data, data, settings.steps, grid)
+    with processes.first_before_others("VAE: data"):  # an index is made once
+        stages = _stages(config.data, data, settings.steps, grid)
+        held_out = held_out_source(config.data, **grid)
     source = stages[-1].source
-    held_out = held_out_source(config.data, **grid)
     weights, lpips = _perceptual(weights)
     networks = dict(vae=(VAE, model))
     optims = dict(vae=config_lib.build(OptimConfig, config.optim, "optim"))
@@ -82,7 +83,7 @@ def vae_objective(config, workdir: str, mesh) -> Objective:
         return {name: functional.init(*network, key) for (name, network), key in zip(networks.items(), keys)}
 
     def evaluate(state, step, folder):
-        codec = Codec(model, state.ema_params["vae"])
+        codec = Codec(model, processes.whole(state.ema_params["vae"]))
         originals = [held_out[i]["video"] for i in range(min(evaluation.num_videos, len(held_out)))]
         copies = codec.decode(codec.encode(originals))
         scores = [psnr(a, b) for a, b in zip(originals, copies)]
@@ -93,7 +94,8 @@ def vae_objective(config, workdir: str, mesh) -> Objective:
 
     def finish(params):
         indices = np.linspace(0, len(source) - 1, min(STATISTICS_SAMPLES, len(source))).astype(int)
-        mean, std = Codec(model, params["vae"]).statistics([source[int(i)]["video"] for i in indices])
+        codec = Codec(model, processes.whole(params["vae"]))
+        mean, std = processes.of_first(codec.statistics([source[int(i)]["video"] for i in indices]))
         stats = dict(latents_mean=mean, latents_std=std)
         place = {name: jax.device_put(value, params["vae"][name].sharding) for name, value in stats.items()}
         return params | dict(vae=params["vae"] | place)
@@ -101,9 +103,9 @@ def vae_objective(config, workdir: str, mesh) -> Objective:
     def batches(step):
         for stage in stages:
             if step < stage.end:
-                loader = make_clip_loader(stage.source, batch_size=stage.batch, crop=stage.crop, start_step=step,
-                                          temporal_stride=model.temporal_stride, seed=settings.seed,
-                                          num_workers=data.workers, **loader_options())  # fmt: skip
+                options = loader_options(mesh) | dict(start_step=step, seed=settings.seed, num_workers=data.workers)
+                loader = make_clip_loader(stage.source, batch_size=stage.batch, crop=stage.crop,
+                                          temporal_stride=model.temporal_stride, **options)  # fmt: skip
                 yield from itertools.islice(loader, stage.end - step)
                 loader.close()
                 step = stage.end
@@ -127,7 +129,7 @@ def vae_objective(config, workdir: str, mesh) -> Objective:
         start=start,
         optims=optims,
         averaged=lambda params: dict(vae=params["vae"]),
-        constants=lpips.params if lpips else {},
+        constants=jax.device_put(lpips.params, sharding.replicated(mesh)) if lpips else {},
     )  # fmt: skip
 
 

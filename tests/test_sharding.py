@@ -106,7 +106,7 @@ def test_parameters_and_optimizer_are_really_split(task, sizes):
         "dit/patch_embed/kernel": (P, D // (f * t)),
         "dit/proj_out/kernel": (D // f, P),
         "dit/blocks/norm_scale": (L, D),
-        "text/embedding": (512, V // f),
+        "text/embedding": (512, V // f // t),
     }
 
     def shards(tree):
