@@ -52,7 +52,7 @@ def get_config():
     )  # fmt: skip
     # 81 frames of 720 x 1280 are 21 x 45 x 80 = 75,600 tokens.
     config.data = dict(
-        path="", fps=16.0, max_frames=81, max_tokens=75_600, batch=64, row_tokens=75_776, row_text=1024,
+        path="", fps=16.0, max_frames=81, max_tokens=75_600, batch=32, row_tokens=75_776, row_text=1024,
         max_segments=24, posterior="sample",
     )  # fmt: skip
     config.optim = dict(
@@ -61,6 +61,6 @@ def get_config():
     )  # fmt: skip
     config.train = dict(steps=200_000, seed=0, log_every=20, dtype="bfloat16", remat="full", accumulate=1)
     config.checkpoint = dict(every=1000, keep=2)
-    config.mesh = dict(data=1, fsdp=-1, context=4, tensor=1)
+    config.mesh = dict(data=1, fsdp=-1, context=8, tensor=1)
     config.eval = dict(every=0, num_videos=4, num_steps=50, guidance_scale=5.0)
     return config
