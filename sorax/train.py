@@ -1,5 +1,6 @@
 """The training loop: one for the VAE and the DiT, which differ by their objective (`sorax/objectives.py`)."""
 
+import contextlib
 import dataclasses
 import os
 import time
@@ -199,13 +200,16 @@ def train(config, workdir: str, *, title: str | None = None, profile: tuple[int,
         _evaluate(objective, state, 0, log, workdir)
     batches = objective.batches(step)
     trace = Trace(workdir, profile, step)
-    pending, work, since = [], [], time.perf_counter()
+    pending, work, since, met = [], [], time.perf_counter(), set()
     with Progress(title, settings.steps, step) as progress, trace:
         while step < settings.steps:
             trace.at(step, state)
             batch = next(batches)
             work.append(objective.work(batch))
-            state, sums = step_fn(state, sharding.put_batch(batch, mesh), objective.constants)
+            shape = "x".join(map(str, next(iter(batch.values())).shape))  # one of each kind of batch there is
+            with contextlib.nullcontext() if shape in met else progress.pause(f"compiling for batches of {shape}"):
+                state, sums = step_fn(state, sharding.put_batch(batch, mesh), objective.constants)
+            met.add(shape)
             pending.append(sums)
             step += 1
             if step % settings.log_every == 0 or step == settings.steps:
