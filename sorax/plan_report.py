@@ -55,17 +55,17 @@ def _program(program: Program) -> list[str]:
     parts = dict(params=memory.params, EMA=memory.ema, moments=memory.moments, inputs=memory.other_arguments,
                  activations=memory.activations, temporaries=memory.other_temporaries,
                  results=memory.results)  # fmt: skip
-    found.append("  GiB: " + ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
+    found.append("  GiB: " + ", ".join(f"{name} {size / GIB:.3g}" for name, size in parts.items() if size)
                  + (f"; in the host's memory {memory.host / GIB:.2f}" if memory.host else ""))  # fmt: skip
     work = program.flops * (3 if program.name == "train" else 1)
-    found.append(f"  operations: {work / 1e12:,.2f} TFLOP, {work / program.devices / 1e12:,.2f} a device"
+    found.append(f"  operations: {_tera(work)} TFLOP, {_tera(work / program.devices)} a device"
                  + (" (forward and backward, without recomputation)" if program.name == "train" else ""))  # fmt: skip
     if program.error:
         return [*found, f"  the compiler says: {program.error}"]
     if not program.readable:
         return [*found, "  this compiler shows no text for this device: communication and activations are not known"]
     for (kind, axes), (times, total) in hlo.by_kind_and_axes(program.collectives).items():
-        found.append(f"  sends {total / GIB:9.3f} GiB a device over {' x '.join(axes):15} in {times:5} {kind}")
+        found.append(f"  sends {total / GIB:9.3g} GiB a device over {' x '.join(axes):15} in {times:5} {kind}")
     return found
 
 
@@ -92,6 +92,10 @@ def _speed(plan: Plan, tokens) -> list[str]:
 
 def _time(seconds):
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
+def _tera(operations):
+    return f"{operations / 1e12:,.0f}" if operations >= 1e14 else f"{operations / 1e12:.3g}"
 
 
 def table(plans) -> list[str]:
