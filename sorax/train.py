@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from sorax import backend, processes, sharding
 from sorax import config as config_lib
-from sorax import processes, sharding
 from sorax.checkpoint import Checkpoints
 from sorax.devices import peak_flops
 from sorax.errors import UserError
@@ -152,6 +152,7 @@ def train(config, workdir: str, *, title: str | None = None, profile: tuple[int,
     complete(config)
     settings = config_lib.build(TrainConfig, config.train, "train")
     keeping = config_lib.build(CheckpointConfig, config.checkpoint, "checkpoint")
+    backend.keep_programs()
     mesh = sharding.make_mesh(**config.mesh)
     try:
         os.makedirs(workdir, exist_ok=True)
