@@ -1,4 +1,4 @@
-"""What must be set before jax is imported."""
+"""What must be set before jax is imported, and where compiled programs are kept."""
 
 import importlib.metadata
 import os
@@ -13,3 +13,16 @@ def configure():
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_cpu_experimental_ynn" not in flags and importlib.metadata.version("jaxlib").startswith("0.10."):
         os.environ["XLA_FLAGS"] = f"{flags} {CPU_KERNELS}".strip()
+
+
+def keep_programs():
+    """Keeps compiled programs in the user's cache folder, so that a run that goes on need not compile again.
+
+    Where JAX_COMPILATION_CACHE_DIR is set, they are there. Not on a CPU: a program is made for one processor, and a
+    home folder may be seen by several.
+    """
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None and jax.default_backend() != "cpu":
+        cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "sorax", "programs"))

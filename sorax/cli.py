@@ -239,6 +239,7 @@ def sample_verb(arguments, _):
     from sorax import generate, media
     from sorax.runs import load_run
 
+    backend.keep_programs()
     run = load_run(arguments.workdir, arguments.weights)
     frames, height, width, fps = run.usual_shape()
     if arguments.size:
@@ -305,6 +306,7 @@ def _evaluate(workdir, out, clips, **settings):
 
     if clips is not None and clips < 1:
         raise UserError(f"--clips {clips}: score at least 1 clip of each split")
+    backend.keep_programs()
     scores = evaluate.evaluate_folder(workdir, out, num_clips=clips, **settings)
     print("\n".join(evaluate.summary_lines(scores)))
     print(f"report: {out}")

@@ -84,10 +84,10 @@ def rope_angles(positions, config: DiTConfig):
 def apply_rope(x, cos, sin):
     """Rotates the interleaved pairs of x `[B, N, K, A]` (RoFormer; pair layout of Wan)."""
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    out = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return out.reshape(x.shape).astype(x.dtype)
+    # (even, odd) * cos + (-odd, even) * sin: one fused loop each way, where slices would have pads for a gradient.
+    turned = jnp.flip(pairs, axis=-1) * jnp.float32([-1, 1])
+    cos, sin = cos[:, :, None, :, None], sin[:, :, None, :, None]
+    return (pairs * cos + turned * sin).reshape(x.shape).astype(x.dtype)
 
 
 def timestep_features(timestep, dim: int):
@@ -253,8 +253,11 @@ class DiT(nnx.Module):
             if remat != "none":
                 body = jax.checkpoint(body, policy=_remat_policy(remat), prevent_cse=False)
             if unroll:
-                for i in range(len(layers["modulation"])):
-                    x, _ = body(x, jax.tree.map(lambda p: p[i], layers))  # noqa: B023 (used at once)
+                # Split, not sliced one by one: the gradient is one concatenation, not a sum of padded layers.
+                leaves, treedef = jax.tree.flatten(layers)
+                ones = (1,) * len(leaves[0])
+                for layer in zip(*(jax.lax.split(p, ones) for p in leaves)):
+                    x, _ = body(x, jax.tree.unflatten(treedef, [jnp.squeeze(p, 0) for p in layer]))
                 return x
             return jax.lax.scan(body, x, layers)[0]
 

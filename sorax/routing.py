@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 _ROUNDING = 1e-4  # so that half of 10 tokens is 5 in floating point too
+_MULTIPLE = 8  # of places: what kernels and a mesh that splits tokens divide best
 
 
 class Route(NamedTuple):
@@ -31,6 +32,7 @@ def choose(key, segment_ids, num_samples: int, share: float) -> Route:
     """
     B, N = segment_ids.shape
     places = int((1 - share) * N + num_samples * _ROUNDING)
+    places = min(N, -(-places // _MULTIPLE) * _MULTIPLE)
     counts = jnp.sum(segment_ids[:, :, None] == jnp.arange(num_samples + 1), axis=1)  # [B, S + 1]
     through = jnp.floor((1 - share) * counts + _ROUNDING).astype(jnp.int32).at[:, 0].set(0)
     first = jnp.cumsum(counts, axis=1) - counts

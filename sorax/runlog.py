@@ -1,6 +1,7 @@
 """What a run says while it runs: metrics.jsonl, TensorBoard events, and a progress bar or plain lines."""
 
 import atexit
+import contextlib
 import json
 import os
 import sys
@@ -133,6 +134,17 @@ class Progress:
     def __exit__(self, *exception):
         if self.bar:
             self.bar.stop()
+
+    @contextlib.contextmanager
+    def pause(self, what: str):
+        """Says what is done besides the steps, such as compiling; its time is none of theirs when time left is told."""
+        if self.bar:
+            self.bar.update(self.task, note=what)
+        else:
+            print(f"{self.title}: {what}", flush=True)
+        began = time.monotonic()
+        yield
+        self.began += time.monotonic() - began
 
     def advance(self, done: int, note: str = ""):
         """Reports that `done` of `total` are finished."""

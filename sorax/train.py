@@ -1,5 +1,6 @@
 """The training loop: one for the VAE and the DiT, which differ by their objective (`sorax/objectives.py`)."""
 
+import contextlib
 import dataclasses
 import os
 import time
@@ -11,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from sorax import backend, processes, sharding
 from sorax import config as config_lib
-from sorax import processes, sharding
 from sorax.checkpoint import Checkpoints
 from sorax.devices import peak_flops
 from sorax.errors import UserError
@@ -151,6 +152,7 @@ def train(config, workdir: str, *, title: str | None = None, profile: tuple[int,
     complete(config)
     settings = config_lib.build(TrainConfig, config.train, "train")
     keeping = config_lib.build(CheckpointConfig, config.checkpoint, "checkpoint")
+    backend.keep_programs()
     mesh = sharding.make_mesh(**config.mesh)
     try:
         os.makedirs(workdir, exist_ok=True)
@@ -199,13 +201,16 @@ def train(config, workdir: str, *, title: str | None = None, profile: tuple[int,
         _evaluate(objective, state, 0, log, workdir)
     batches = objective.batches(step)
     trace = Trace(workdir, profile, step)
-    pending, work, since = [], [], time.perf_counter()
+    pending, work, since, met = [], [], time.perf_counter(), set()
     with Progress(title, settings.steps, step) as progress, trace:
         while step < settings.steps:
             trace.at(step, state)
             batch = next(batches)
             work.append(objective.work(batch))
-            state, sums = step_fn(state, sharding.put_batch(batch, mesh), objective.constants)
+            shape = "x".join(map(str, next(iter(batch.values())).shape))  # one of each kind of batch there is
+            with contextlib.nullcontext() if shape in met else progress.pause(f"compiling for batches of {shape}"):
+                state, sums = step_fn(state, sharding.put_batch(batch, mesh), objective.constants)
+            met.add(shape)
             pending.append(sums)
             step += 1
             if step % settings.log_every == 0 or step == settings.steps:

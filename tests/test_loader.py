@@ -67,6 +67,16 @@ def test_processes_share_the_same_global_batch(process_count):
     assert_equal_batches(whole, joined)
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_process_may_read_several_parts_of_a_batch(num_workers):
+    whole = take(make_loader(rows(ranks=2)), 5)
+    size = len(whole[0]["tokens"]) // 4
+    for parts in ((0, 1), (1, 3), (0, 1, 3)):
+        found = take(make_loader(rows(ranks=2), process_index=parts, process_count=4, num_workers=num_workers), 5)
+        chosen = np.concatenate([np.arange(p * size, (p + 1) * size) for p in parts])
+        assert_equal_batches([{name: x[chosen] for name, x in batch.items()} for batch in whole], found)
+
+
 def test_workers_give_the_same_batches():
     whole = take(make_loader(rows()), 5)
     assert_equal_batches(whole[2:], take(make_loader(rows(), num_workers=2, start_step=2), 3))

@@ -8,11 +8,12 @@ process each, one at work at a time, in turns; CPU seconds are those of the whol
 over all tokens of the samples, its gradient, and an AdamW update. Where other programs run beside, a thread waits for
 another that is kept from its core, and may burn time meanwhile: compare with --threads 1 then.
 
-Two batches:
+Three batches:
   uniform   clips of one shape, as one batch on both sides. Loss and all gradients are compared first: the same work.
   mixed     images and clips of several shapes, each at its own. Ours: packed rows. Theirs, which has no mask, in
             three ways: all padded to the largest ("pad"), those of equal shape in one batch, gradients accumulated
             ("bucket"), and each sample for itself ("single"). Their best counts.
+  small     the same, of small images and clips, as the first stage of training has them.
 
 Captions are attended as Wan has it, to 512 slots: theirs computes them all, ours the caption's own and one that stands
 for the unused ones.
@@ -33,8 +34,9 @@ PATCH, SLOTS = (1, 2, 2), 512
 # Patches (t, h, w) behind a VAE of stride 4 x 8 x 8: clips of 9 or 17 frames, images, 128 to 320 pixels a side.
 UNIFORM = [(5, 8, 16)] * 4
 MIXED = [(5, 12, 16), (3, 16, 12), *[(1, 16, 16)] * 3, *[(1, 12, 20)] * 2, *[(1, 20, 12)] * 2, (1, 14, 18)]
-BATCHES = dict(uniform=UNIFORM, mixed=MIXED)
-ROW_TOKENS, ROW_TEXT = 1024, 1024  # of a packed row
+SMALL = [*[(3, 6, 8)] * 2, (3, 8, 6), *[(1, 8, 8)] * 5, *[(1, 6, 10)] * 3, *[(1, 10, 6)] * 3, *[(1, 10, 10)] * 2]
+BATCHES = dict(uniform=UNIFORM, mixed=MIXED, small=SMALL)
+MULTIPLE = 64  # of the length of the packed row
 LEARNING_RATE, BETAS, EPS, DECAY = 1e-4, (0.9, 0.99), 1e-8, 1e-2
 
 
@@ -117,8 +119,7 @@ def ours(options):
 
 
 def rows(batch, uniform):
-    """Packed rows of samples: one a row where all have one shape, else as the pack plan lays them."""
-    from data_pipelines.packing import plan_epoch
+    """Packed rows of samples: one a row where all have one shape, else one row of all."""
     from sorax.patchify import patchify, positions
 
     lengths = [int(np.prod(s["latents"].shape[:3]) // np.prod(PATCH)) for s in batch]
@@ -126,9 +127,8 @@ def rows(batch, uniform):
     if uniform:
         members, N, M = [[i] for i in range(len(batch))], lengths[0], max(text_lengths)
     else:
-        plan = plan_epoch(lengths, text_lengths, epoch=0, seed=0, row_tokens=ROW_TOKENS, row_text=ROW_TEXT)
-        members, N = [list(plan.row(i)) for i in range(len(plan))], ROW_TOKENS
-        M = max(sum(text_lengths[i] for i in row) for row in members)
+        N, M = (-(-sum(n) // MULTIPLE) * MULTIPLE for n in (lengths, text_lengths))
+        members = [list(range(len(batch)))]
     S = max(map(len, members))
     shapes = dict(tokens=(N, MODEL["in_channels"] * 4), target=(N, MODEL["in_channels"] * 4), positions=(N, 3),
                   segment_ids=(N,), text=(M, MODEL["text_dim"]), text_tokens=(M,), text_segment_ids=(M,),
@@ -302,7 +302,7 @@ def main():
         print(f"uniform: loss {there['loss']:.6f}, ours off by {errors['loss']:.1e}; gradients of {len(errors) - 1} "
               f"tensors off by at most {errors[worst]:.1e} of the largest value ({worst})", flush=True)  # fmt: skip
         for name, shapes in BATCHES.items():
-            ways = ["uniform"] if name == "uniform" else ["mixed_pad", "mixed_bucket", "mixed_single"]
+            ways = [name] if name == "uniform" else [f"{name}_{way}" for way in ("pad", "bucket", "single")]
             pairs = [(both["ours"], name), *((both["diffusers"], way) for way in ways)]
             for side, task in pairs:
                 side.run(task)
