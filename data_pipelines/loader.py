@@ -10,6 +10,7 @@ import functools
 import tempfile
 
 import grain
+import numpy as np
 from absl import flags
 
 from data_pipelines import blocks, reading
@@ -27,6 +28,8 @@ class Loader:
         of a step's batch; pure.
       identity: of the data and the settings that `read` depends on: part of the state, so that another is refused.
       name: function of a sample's number -> what to call it, if a worker dies over it.
+      process_index, process_count: the part of each batch that is read, or several parts in ascending order, and how
+        many equal parts there are.
       start_step: step of the first batch. prefetch: batches read ahead (of each worker), 0 for none.
       num_workers: processes that read, and send batches through shared memory; 0 = as many threads of this process as
         batches are read ahead, faster where reading releases the GIL, as decoding does, and cores are few.
@@ -53,8 +56,8 @@ class Loader:
                 f"a batch of {batch_size} cannot be shared equally by {process_count} processes: "
                 f"make it a multiple of {process_count}"
             )
-        self._local = batch_size // process_count
-        self._read, self._start, self._name = read, process_index * self._local, name
+        part, own = batch_size // process_count, (process_index,) if np.ndim(process_index) == 0 else process_index
+        self._read, self._runs, self._name = read, _runs(own, part), name
         self._num_workers, self._prefetch = num_workers, prefetch
         self._iterator = self._notes = self._received = None
         self.identity, self.step = identity, start_step
@@ -115,7 +118,7 @@ class Loader:
 
     def _open(self):
         # Steps are counted in the source, not by grain: its own state depends on the number of workers.
-        batches = grain.MapDataset.source(_Batches(self._read, self.step, self._start, self._start + self._local))
+        batches = grain.MapDataset.source(_Batches(self._read, self.step, self._runs))
         # Its default buffer of 500 elements is meant for single samples: here an element is a batch.
         ahead = 0 if self._num_workers else self._prefetch  # workers are ahead by themselves
         options = grain.ReadOptions(num_threads=min(ahead, 16), prefetch_buffer_size=ahead)
@@ -137,14 +140,27 @@ class Loader:
 class _Batches:
     """Random-access source of the batches from `first_step` on: what grain reads."""
 
-    def __init__(self, read, first_step, start, stop):
-        self._read, self._first_step, self._start, self._stop = read, first_step, start, stop
+    def __init__(self, read, first_step, runs):
+        self._read, self._first_step, self._runs = read, first_step, runs
 
     def __len__(self):
         return _ENDLESS
 
     def __getitem__(self, index):
-        return reading.send(self._read(self._first_step + int(index), self._start, self._stop))
+        parts = [self._read(self._first_step + int(index), *run) for run in self._runs]
+        joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts[1:] else parts[0]
+        return reading.send(joined)
+
+
+def _runs(parts, size):
+    """(start, stop) of the rows of ascending parts of so many rows each; neighbours are read together."""
+    runs = []
+    for part in parts:
+        if runs and runs[-1][1] == part * size:
+            runs[-1] = (runs[-1][0], (part + 1) * size)
+        else:
+            runs.append((part * size, (part + 1) * size))
+    return runs
 
 
 class _ReadRows:

@@ -6,13 +6,17 @@ import re
 import signal
 import sys
 import threading
+import traceback
 
-from sorax import backend, cli_data
+from sorax import backend, cli_data, cli_plan
 from sorax.errors import UserError
 
 
 def main(argv=None) -> int:
-    """Entry point; returns the exit code. A user's mistake is one line on stderr and code 2."""
+    """Entry point; returns the exit code. A user's mistake is one line on stderr and code 2.
+
+    One of several processes that fails does not return: it ends at once, so that the others end too.
+    """
     backend.configure()
     if threading.current_thread() is threading.main_thread():
         # Schedulers end a job so: it stops as it does at Ctrl-C.
@@ -23,15 +27,38 @@ def main(argv=None) -> int:
         return 0
     except UserError as error:
         print(f"sorax: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno != 28:  # no space left on device
-            raise
-        print(f"sorax: no space left on the disk ({error}): free some and run the command again", file=sys.stderr)
-        return 2
+        return _leave(2)
     except KeyboardInterrupt:
         print("sorax: interrupted; the same command goes on from what it has saved", file=sys.stderr)
-        return 130
+        return _leave(130)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == 28:  # no space left on device
+            print(f"sorax: no space left on the disk ({error}): free some and run the command again", file=sys.stderr)
+            return _leave(2)
+        if _is_one_of_several():
+            traceback.print_exc()
+            _leave(1)
+        raise
+
+
+def _is_one_of_several():
+    return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
+
+
+def _leave(code):
+    if _is_one_of_several():
+        from sorax import processes
+
+        processes.leave(code)
+    return code
+
+
+def _several(verb):
+    """Flags of a verb that several processes can work on."""
+    text = "by default these three are taken from Slurm, Open MPI or the TPU pod, if there is one"
+    verb.add_argument("--coordinator", default="", help=f"HOST:PORT of process 0, where several processes run; {text}")
+    verb.add_argument("--processes", type=int, default=0, help="how many there are; 1: this one alone")
+    verb.add_argument("--process", type=int, default=-1, help="number of this one, from 0")
 
 
 def _parse(argv):
@@ -50,6 +77,10 @@ def _parse(argv):
     train = verb(train_verb, "train", "train what an experiment describes, or go on where its run stands")
     train.add_argument("--config", required=True, help="experiment file, such as experiments/quickstart.py")
     train.add_argument("--workdir", required=True, help="run folder")
+    train.add_argument("--profile", nargs="?", const="10:13", default="", metavar="START:STOP",
+                       help="write a profiler's trace of these steps, counted from where the run goes on, to the run "
+                       "folder (default: %(const)s)")  # fmt: skip
+    _several(train)
     train.add_argument("--config.KEY=VALUE", dest="_", help="override any key, such as --config.optim.lr=1e-4")
     train.set_defaults(takes_overrides=True)
 
@@ -61,9 +92,7 @@ def _parse(argv):
     encode.add_argument("--tokenizer", default="",
                         help="folder with the one to use, or bytes (default: config.data.tokenizer)")  # fmt: skip
     encode.add_argument("--verify", default="", metavar="FOLDER", help="check latents that are there; writes nothing")
-    encode.add_argument("--coordinator", default="", help="HOST:PORT of process 0, where several processes encode")
-    encode.add_argument("--processes", type=int, default=1, help="how many there are")
-    encode.add_argument("--process", type=int, default=0, help="number of this one, from 0")
+    _several(encode)
     encode.add_argument("--config.KEY=VALUE", dest="_", help="override any key, such as --config.data.path=FOLDER")
     encode.set_defaults(takes_overrides=True)
 
@@ -113,6 +142,7 @@ def _parse(argv):
         imported.add_argument(f"--{name}", default="", help=f"with a transformer's file: {what}")
 
     cli_data.add_verbs(verbs)
+    cli_plan.add_verb(verbs)
 
     arguments, rest = parser.parse_known_args(argv)
     prefix = getattr(arguments, "prefix", "--config.")
@@ -124,12 +154,22 @@ def _parse(argv):
 
 
 def train_verb(arguments, overrides):
-    from sorax import config
+    from sorax import config, processes
     from sorax.objectives import complete
     from sorax.train import train
 
-    train(config.load_config(arguments.config, overrides, complete), arguments.workdir)
+    processes.start(arguments.coordinator, arguments.processes, arguments.process)
+    profile = _steps(arguments.profile) if arguments.profile else None
+    train(config.load_config(arguments.config, overrides, complete), arguments.workdir, profile=profile)
     print(f"run: {arguments.workdir}")
+
+
+def _steps(text):
+    """(start, stop) of `--profile START:STOP`."""
+    start, colon, stop = text.partition(":")
+    if not (colon and start.isdecimal() and stop.isdecimal() and int(start) < int(stop)):
+        raise UserError(f"--profile {text!r} is no range of steps: write for example --profile 10:13")
+    return int(start), int(stop)
 
 
 def encode_verb(arguments, overrides):
@@ -138,14 +178,12 @@ def encode_verb(arguments, overrides):
         return
     if not arguments.config or not arguments.out:
         raise UserError("sorax encode needs --config and --out (or --verify FOLDER): name an experiment and a folder")
-    import jax
-
-    if arguments.coordinator:
-        jax.distributed.initialize(arguments.coordinator, arguments.processes, arguments.process)
     from sorax import config as config_lib
+    from sorax import processes
     from sorax.dit_data import encode_experiment
     from sorax.objectives import complete
 
+    processes.start(arguments.coordinator, arguments.processes, arguments.process)
     config = config_lib.load_config(arguments.config, overrides, complete)
     encode_experiment(config, arguments.vae, arguments.out, num_shards=arguments.shards,
                       tokenizer=arguments.tokenizer)  # fmt: skip

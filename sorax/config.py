@@ -143,13 +143,14 @@ def flatten(config, prefix="") -> dict:
     return flat
 
 
-def save_config(config, workdir: str, complete):
+def save_config(config, workdir: str, complete, *, write: bool = True):
     """Writes the config of a new run, or checks that an existing run has the same.
 
     A run that has made nothing yet, such as one whose data was not found, may have another config the next time.
 
     Args:
         config: complete, as `complete` makes it; the config that is there is completed before the two are compared.
+        write: False for a process that only checks: another one writes.
 
     Raises:
         UserError: the folder holds a run of another config; the first few differences are named.
@@ -166,7 +167,8 @@ def save_config(config, workdir: str, complete):
             more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
             raise UserError(f"{workdir!r} holds a run of another config ({shown}{more}): use another --workdir, "
                             "or the config the run was started with")  # fmt: skip
-    write_atomic(path, json.dumps(config.to_dict(), indent=1, sort_keys=True))
+    if write:
+        write_atomic(path, json.dumps(config.to_dict(), indent=1, sort_keys=True))
 
 
 def _has_work(workdir):

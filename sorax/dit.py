@@ -160,21 +160,23 @@ class Block(nnx.Module):
         # The six vectors are made once a level, [B, S, 6 * D], and given to tokens by a one-hot product: exact,
         # and its gradient is a product rather than a scatter.
         table = row["level_proj"] + self.modulation[...].astype(jnp.float32)  # [B, S, 6, D]
-        table = einops.rearrange(table, "b s six d -> b s (six d)")
+        table = row["constrain"](einops.rearrange(table, "b s six d -> b s (six d)"), tokens=False)
         mod = row["constrain"](jnp.einsum("bns,bsx->bnx", row["level_one_hot"], table))
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(mod, 6, axis=-1)  # each [B, N, D] float32
-        dtype, ids = x.dtype, row["segment_ids"]
+        dtype, ids, constrain = x.dtype, row["segment_ids"], row["constrain"]
 
-        h = (layer_norm(x, self.eps) * (1 + scale1) + shift1).astype(dtype)
+        # What goes into and comes out of the products is pinned: else the compiler may split its width too, and gather.
+        h = constrain((layer_norm(x, self.eps) * (1 + scale1) + shift1).astype(dtype))
         h = self.self_attention(h, h, ids, ids, row["attend"], rope=row["rope"])
-        x = (x.astype(jnp.float32) + h * gate1).astype(dtype)
+        x = (x.astype(jnp.float32) + constrain(h) * gate1).astype(dtype)
 
-        h = (layer_norm(x, self.eps) * self.norm_scale[...] + self.norm_bias[...]).astype(dtype)
+        h = constrain((layer_norm(x, self.eps) * self.norm_scale[...] + self.norm_bias[...]).astype(dtype))
         text, text_ids = row["text"], row["text_segment_ids"]
-        x = x + self.cross_attention(h, text, ids, text_ids, row["attend_text"], key_bias=row["text_bias"])
+        h = self.cross_attention(h, text, ids, text_ids, row["attend_text"], key_bias=row["text_bias"])
+        x = x + constrain(h)
 
-        h = (layer_norm(x, self.eps) * (1 + scale2) + shift2).astype(dtype)
-        h = self.mlp_out(jax.nn.gelu(self.mlp_in(h), approximate=True))
+        h = constrain((layer_norm(x, self.eps) * (1 + scale2) + shift2).astype(dtype))
+        h = constrain(self.mlp_out(jax.nn.gelu(self.mlp_in(h), approximate=True)))
         return (x.astype(jnp.float32) + h * gate2).astype(dtype)
 
 
@@ -199,7 +201,7 @@ class DiT(nnx.Module):
 
     def __call__(
         self, tokens, positions, segment_ids, levels, level_index, text, text_segment_ids, text_bias,
-        *, remat: str = "none", unroll: bool = False, constrain=lambda x: x, attend=attention,
+        *, remat: str = "none", unroll: bool = False, constrain=lambda x, tokens=True: x, attend=attention,
         attend_text=attention, route=None, route_layers: tuple[int, int] = (1, -1),
     ):  # fmt: skip
         """Predicts `velocity = noise - x0` for every token of the rows.
@@ -217,7 +219,8 @@ class DiT(nnx.Module):
                 faster on a CPU, where a scan copies what it keeps for the backward pass.
             route: `sorax.routing.Route` of the tokens that skip some layers, in training; None: none does.
             route_layers: the first layer that they skip and the first that they do not, as in slices.
-            constrain: applied to activations `[B, N, ...]` (a sharding constraint, if any).
+            constrain: a sharding constraint, if any: applied to activations `[B, N, ...]`, and with tokens=False to
+                those of levels and text, `[B, S, ...]` and `[B, M, ...]`.
             attend, attend_text: attention of tokens to each other and to text, as `sorax.attention.attention`.
 
         Returns:
@@ -226,14 +229,14 @@ class DiT(nnx.Module):
         config, dtype = self.config, tokens.dtype
         x = constrain(self.patch_embed(constrain(tokens)))
         features = timestep_features(1000.0 * levels, config.freq_dim).astype(dtype)
-        time = self.time_out(jax.nn.silu(self.time_in(features)))  # [B, S, D]
+        time = constrain(self.time_out(jax.nn.silu(self.time_in(features))), tokens=False)  # [B, S, D]
         level_proj = einops.rearrange(self.time_proj(jax.nn.silu(time)), "b s (six d) -> b s six d", six=6)
         row = dict(
             segment_ids=segment_ids,
             rope=tuple(constrain(angles) for angles in rope_angles(positions, config)),
-            level_proj=level_proj.astype(jnp.float32),
+            level_proj=constrain(level_proj.astype(jnp.float32), tokens=False),
             level_one_hot=constrain(jax.nn.one_hot(level_index, levels.shape[1], dtype=jnp.float32)),
-            text=self.text_out(jax.nn.gelu(self.text_in(text), approximate=True)),
+            text=constrain(self.text_out(jax.nn.gelu(self.text_in(text), approximate=True)), tokens=False),
             text_segment_ids=text_segment_ids,
             text_bias=text_bias,
             constrain=constrain,

@@ -2,12 +2,11 @@
 
 import os
 
-import jax
-
 from data_pipelines.latent_shards import LatentShards, is_shards, read_manifest, shards_folder
 from data_pipelines.mixture import MixtureExamples, part_sections
 from data_pipelines.sources import open_source
 from data_pipelines.text_tokens import Tokenizer
+from sorax import processes
 from sorax.encode import Codec, encode_source, survey
 from sorax.errors import UserError
 from sorax.runlog import reporter
@@ -55,9 +54,10 @@ def prepare_data(config, workdir: str, codec: Codec, vae_identity: str):
 
 def _encode_splits(config, codec, vae_identity, out, folder, *, num_shards=0, replace=False):
     """As `prepare_data`, of videos, into the folder `out`; the tokenizer is kept in `folder`."""
-    source = open_source(config.data, **grid(codec.config, config.model.patch_size), **_index_options(out))
-    found = survey(source)
-    tokenizer = prepare_tokenizer(found.captions, config.text.vocab_size, folder, config.data.get("tokenizer"))
+    with processes.first_before_others("encode: data"):  # the index and the tokenizer are made once
+        source = open_source(config.data, **grid(codec.config, config.model.patch_size), **_index_options(out))
+        found = survey(source)
+        tokenizer = prepare_tokenizer(found.captions, config.text.vocab_size, folder, config.data.get("tokenizer"))
     examples = encode_source(codec, source, tokenizer, out, "train", vae_identity, found=found, replace=replace,
                              num_shards=num_shards, origin=_origin(config.data),
                              workers=config.data.get("workers", 0))  # fmt: skip
@@ -136,7 +136,7 @@ def prepare_tokenizer(captions, vocab_size: int, folder: str, wanted: str = "") 
         tokenizer = Tokenizer.load(folder, vocab_size) if known else Tokenizer.train(captions, vocab_size)
     if known and tokenizer.identity != Tokenizer.load(folder).identity:
         raise UserError(f"{folder} has another tokenizer than config.data.tokenizer {wanted!r}: use another folder")
-    if not known and jax.process_index() == 0:
+    if not known and processes.is_first():
         tokenizer.save(folder)
     return tokenizer
 
@@ -153,7 +153,8 @@ def _validation(config, codec, vae_identity, tokenizer, out, train_folder, *, re
     is_world = (data.get("path") or "world") == "world" and not data.get("mixture")
     if data.get("val_path") or data.get("val_split") or is_world:
         limits = grid(codec.config, config.model.patch_size)
-        source = held_out_source(data, num_samples=most, **limits, **_index_options(out))
+        with processes.first_before_others("encode val: data"):
+            source = held_out_source(data, num_samples=most, **limits, **_index_options(out))
         return encode_source(codec, First(source, most), tokenizer, out, "val", vae_identity, replace=replace,
                              origin=_origin(data), title="encode val")  # fmt: skip
     return open_split(train_folder, ("val", "train"), vae_identity, first=most)
@@ -210,7 +211,7 @@ def _tokenizer_of_shards(folder, workdir, vocab_size):
     if Tokenizer.is_in(workdir):
         if Tokenizer.load(workdir).identity != tokenizer.identity:
             raise UserError(f"{workdir} has another {tokenizer.file} than the latents in {folder}: use another workdir")
-    elif jax.process_index() == 0:
+    elif processes.is_first():
         tokenizer.save(workdir)
     return tokenizer
 

@@ -11,14 +11,13 @@ import itertools
 import jax
 import ml_dtypes
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from data_pipelines import latent_writer
 from data_pipelines.latent_shards import LatentShards
 from data_pipelines.read_ahead import read_ahead
 from data_pipelines.text_tokens import MAX_TOKENS, Tokenizer
-from sorax import functional, sharding, stream
+from sorax import functional, processes, sharding, stream
 from sorax.errors import UserError
 from sorax.runlog import Progress
 from sorax.vae import VAE, VAEConfig
@@ -28,6 +27,13 @@ PIXELS_A_BATCH = 1 << 19  # of a device: bounds the memory of encoding and decod
 CLIPS_A_BATCH = 16  # of a device, when shards are written: more are no faster, and leave more of the last batch empty
 READ_AHEAD_BYTES = 256 << 20  # of videos decoded before they are encoded
 MAX_CAPTIONS = 100_000  # that a survey keeps, for a tokenizer to be trained on
+
+
+def chunk_frames(config: VAEConfig, shape, together: int = 1) -> int:
+    """Frames of a chunk behind the first one, of videos `[T, H, W]` that so many devices share."""
+    T, H, W = shape
+    stride, fit = config.temporal_stride, PIXELS_A_BATCH * together // (H * W)
+    return T - 1 if fit >= T else max(stride, fit // stride * stride)
 
 
 class Codec:
@@ -132,9 +138,8 @@ class Codec:
         """
         T, H, W = self._video_shape(way, batch.shape[1:4])
         t, h, w = self.config.latent_shape(T, H, W)
-        stride, fit = self.config.temporal_stride, PIXELS_A_BATCH * self._together // (H * W)
-        later = T - 1 if fit >= T else max(stride, fit // stride * stride)  # frames of a chunk, behind the first
-        later = later if way == ENCODE else later // stride
+        later = chunk_frames(self.config, (T, H, W), self._together)
+        later = later if way == ENCODE else later // self.config.temporal_stride
         place = None if self.mesh is None else sharding.video_sharding(self.mesh, h, w)
         put = np.asarray if place is None else functools.partial(jax.device_put, device=place)
         program = stream.programs(self.config, place)[way]
@@ -268,12 +273,12 @@ def encode_source(
         if first:
             writer.prepare(replace=replace)
             tokenizer.save(folder)
-        _wait_for_all(f"{title}: prepared")
+        processes.wait(f"{title}: prepared")
         _write_shards(codec, source, tokenizer, writer, found.shapes, workers, title)
-        _wait_for_all(f"{title}: written")
+        processes.wait(f"{title}: written")
         if first:
             writer.finish()
-        _wait_for_all(f"{title}: finished")
+        processes.wait(f"{title}: finished")
     return LatentShards(folder, split)
 
 
@@ -357,8 +362,3 @@ def _check_captions(source, found, tokenizer):
     for i in np.flatnonzero(found.caption_bytes > MAX_TOKENS // 2).tolist():
         spec = source.spec(i)
         tokenizer.encode(spec.caption, spec.key)
-
-
-def _wait_for_all(name):
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)

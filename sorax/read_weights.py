@@ -117,22 +117,23 @@ def load(params):
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params)
 
 
-def place(params, shardings):
-    """Tree of float32 jax arrays of what is stored, each device's part read by the process that has the device.
+def place(params, places):
+    """Tree of jax arrays of what is stored, each device's part read by the process that has the device.
 
-    Beyond the arrays no more than two layers are in memory at a time.
+    places: tree of arrays, or ShapeDtypeStruct, that say each one's dtype and sharding. Beyond the arrays no more than
+    one layer is in memory in the file's dtype.
     """
 
-    def put(leaf, sharding):
+    def put(leaf, like):
         def part(index):
             if not getattr(leaf, "is_stacked", False):
-                return np.asarray(leaf[index], np.float32)
+                return np.asarray(leaf[index], like.dtype)
             layers = range(*index[0].indices(leaf.shape[0]))
-            return np.stack([np.asarray(leaf[layer][index[1:]], np.float32) for layer in layers])
+            return np.stack([np.asarray(leaf[layer][index[1:]], like.dtype) for layer in layers])
 
-        return jax.make_array_from_callback(leaf.shape, sharding, part)
+        return jax.make_array_from_callback(leaf.shape, like.sharding, part)
 
-    return jax.tree.map(put, params, shardings)
+    return jax.tree.map(put, params, places)
 
 
 def tensor_files(folder, stem) -> dict[str, pathlib.Path]:

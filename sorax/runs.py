@@ -8,6 +8,7 @@ import os
 import pathlib
 
 import jax
+import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from data_pipelines.latent_shards import LatentShards, is_shards, shards_folder
@@ -137,14 +138,15 @@ def load_run(workdir: str, weights: str = "ema", *, stored: bool = False) -> Run
     return Run(workdir, config, step, networks, tokenizer)
 
 
-def start_params(config, workdir: str, names, *, stored: bool = False, shardings=None) -> dict:
+def start_params(config, workdir: str, names, *, stored: bool = False, places=None) -> dict:
     """Parameters of networks ("dit", "text") from where `config.init` of a DiT run says that they start.
 
     config.init is a WanPipeline folder or a DiT run (its EMA weights), as a path or inside the run folder.
 
     Args:
         stored: leave them on the disk.
-        shardings: dict of trees, by network; else they go to this process's first device.
+        places: dict of trees, by network, of arrays (or their shapes) whose dtype and sharding they get; without it
+            they go to this process's first device in float32.
 
     Raises:
         UserError: there is no such folder, or its networks are not those of the config: what differs is named.
@@ -167,13 +169,13 @@ def start_params(config, workdir: str, names, *, stored: bool = False, shardings
                             "the config the same, or start from other weights")  # fmt: skip
         made[name] = getattr(there, name)
         if not stored:
-            made[name] = read_weights.place(made[name], shardings[name] if shardings else _first_device(made[name]))
+            made[name] = read_weights.place(made[name], places[name] if places else _first_device(made[name]))
     return made
 
 
 def _first_device(tree):
     place = SingleDeviceSharding(jax.local_devices()[0])
-    return jax.tree.map(lambda _: place, tree)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float32, sharding=place), tree)
 
 
 def _inside(workdir: str, path: str) -> str:

@@ -24,13 +24,15 @@ ALL = ("fsdp", "tensor")  # one dimension over both
 # First match wins; specs are aligned to the *last* dimensions of a parameter, so stacked layers need no rule.
 # Every tree that mirrors the parameters (EMA, optimizer moments) matches by the same paths.
 # Of two products in a row the first splits its outputs over `tensor`, the second its inputs: between them each device
-# has its own columns, and one sum follows.
+# has its own columns, and one sum follows. The first and last products of the DiT are small, and are not split over
+# `tensor`: that would split the width of all activations, and they would be gathered in every block.
 RULES = (
     (r"(latents_mean|latents_std|bias|gamma|scale|norm_\w+|modulation)$", ()),
     (r"(q|k|v|mlp_in|wi|wi_gate|text_in|time_in)/kernel$", ("fsdp", "tensor")),
     (r"(o|mlp_out|wo|text_out|time_out)/kernel$", ("tensor", "fsdp")),
-    (r"(patch_embed|time_proj)/kernel$", (None, ALL)),
-    (r"proj_out/kernel$", (ALL, None)),
+    (r"time_proj/kernel$", (None, ALL)),
+    (r"patch_embed/kernel$", (None, "fsdp")),
+    (r"proj_out/kernel$", ("fsdp", None)),
     (r"embedding$", (None, ALL)),
     (r"kernel$", ("fsdp",)),  # convolutions: the output channels
 )
@@ -95,7 +97,7 @@ def _slices(devices, slices):
         return np.array(devices, object).reshape(slices, -1).tolist()
     members = collections.defaultdict(list)
     for device in devices:
-        members[device.slice_index].append(device)
+        members[getattr(device, "slice_index", 0)].append(device)  # a topology of one slice has no numbers
     if slices not in (0, len(members)):
         raise UserError(f"config.mesh.slices is {slices}, but the {len(devices)} devices here are of {len(members)} "
                         "slice(s): set it to that, or to 0")  # fmt: skip
@@ -221,6 +223,12 @@ def put_batch(batch, mesh: Mesh):
     return jax.tree.map(put, batch)
 
 
+def put_rows(batch, mesh: Mesh):
+    """As `put_batch`, where every process has all rows."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), batch)
+
+
 # --- Packed rows: tokens over context, heads over tensor
 
 
@@ -229,16 +237,19 @@ def check_rows(mesh: Mesh, num_heads: int, row_tokens: int):
     context, tensor = mesh.shape["context"], mesh.shape["tensor"]
     if num_heads % (context * tensor):
         raise UserError(f"{num_heads} heads of attention cannot be split over context={context} x tensor={tensor} "
-                        "devices: make their product a divisor of config.model.num_heads")  # fmt: skip
+                        "devices: make config.mesh.context x config.mesh.tensor a divisor of config.model.num_heads")
     if row_tokens % context:
         raise UserError(f"rows of {row_tokens} tokens cannot be split over context={context} devices: make "
                         "config.data.row_tokens a multiple of config.mesh.context")  # fmt: skip
 
 
 def activation_constraint(mesh: Mesh):
-    """Function that pins activations `[B, N, ...]` to rows over data and fsdp, tokens over context."""
-    sharding = NamedSharding(mesh, PartitionSpec(BATCH, "context"))
-    return lambda x: jax.lax.with_sharding_constraint(x, sharding)
+    """Function that pins activations to rows over data and fsdp and, of tokens `[B, N, ...]`, tokens over context.
+
+    With tokens=False, as for what a row has of text and noise levels, `[B, M, ...]`, context has copies.
+    """
+    split, whole = (NamedSharding(mesh, PartitionSpec(BATCH, axis)) for axis in ("context", None))
+    return lambda x, tokens=True: jax.lax.with_sharding_constraint(x, split if tokens else whole)
 
 
 def attention_on(mesh: Mesh, attention):

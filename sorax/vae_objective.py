@@ -20,7 +20,7 @@ from data_pipelines.clips import check_crop
 from data_pipelines.loader import make_clip_loader
 from data_pipelines.sources import open_source
 from sorax import config as config_lib
-from sorax import functional, media, runlog
+from sorax import functional, media, processes, runlog, sharding
 from sorax.discriminator import (
     Discriminator,
     DiscriminatorConfig,
@@ -31,6 +31,7 @@ from sorax.discriminator import (
 from sorax.dit_data import held_out_source
 from sorax.encode import Codec, source_identity
 from sorax.errors import UserError
+from sorax.flops import vae_work
 from sorax.inflate import inflate
 from sorax.lpips import LPIPS
 from sorax.metrics import psnr
@@ -63,11 +64,13 @@ def vae_objective(config, workdir: str, mesh) -> Objective:
     evaluation = config_lib.build(EvalConfig, config.eval, "eval")
     opponent = config_lib.build(DiscriminatorConfig, config.get("discriminator", {}), "discriminator")
     check_path(data)
+    dtype = compute_dtype(settings.dtype, mesh.devices.flat[0].platform)
     grid = dict(spatial_multiple=model.spatial_stride, temporal_stride=model.temporal_stride,
                 index_cache=os.path.join(workdir, "index"), index_progress=runlog.reporter("index"))  # fmt: skip
-    stages = _stages(config.data, data, settings.steps, grid)
+    with processes.first_before_others("VAE: data"):  # an index is made once
+        stages = _stages(config.data, data, settings.steps, grid)
+        held_out = held_out_source(config.data, **grid)
     source = stages[-1].source
-    held_out = held_out_source(config.data, **grid)
     weights, lpips = _perceptual(weights)
     networks = dict(vae=(VAE, model))
     optims = dict(vae=config_lib.build(OptimConfig, config.optim, "optim"))
@@ -80,7 +83,7 @@ def vae_objective(config, workdir: str, mesh) -> Objective:
         return {name: functional.init(*network, key) for (name, network), key in zip(networks.items(), keys)}
 
     def evaluate(state, step, folder):
-        codec = Codec(model, state.ema_params["vae"])
+        codec = Codec(model, processes.whole(state.ema_params["vae"]))
         originals = [held_out[i]["video"] for i in range(min(evaluation.num_videos, len(held_out)))]
         copies = codec.decode(codec.encode(originals))
         scores = [psnr(a, b) for a, b in zip(originals, copies)]
@@ -91,7 +94,8 @@ def vae_objective(config, workdir: str, mesh) -> Objective:
 
     def finish(params):
         indices = np.linspace(0, len(source) - 1, min(STATISTICS_SAMPLES, len(source))).astype(int)
-        mean, std = Codec(model, params["vae"]).statistics([source[int(i)]["video"] for i in indices])
+        codec = Codec(model, processes.whole(params["vae"]))
+        mean, std = processes.of_first(codec.statistics([source[int(i)]["video"] for i in indices]))
         stats = dict(latents_mean=mean, latents_std=std)
         place = {name: jax.device_put(value, params["vae"][name].sharding) for name, value in stats.items()}
         return params | dict(vae=params["vae"] | place)
@@ -99,9 +103,9 @@ def vae_objective(config, workdir: str, mesh) -> Objective:
     def batches(step):
         for stage in stages:
             if step < stage.end:
-                loader = make_clip_loader(stage.source, batch_size=stage.batch, crop=stage.crop, start_step=step,
-                                          temporal_stride=model.temporal_stride, seed=settings.seed,
-                                          num_workers=data.workers, **loader_options())  # fmt: skip
+                options = loader_options(mesh) | dict(start_step=step, seed=settings.seed, num_workers=data.workers)
+                loader = make_clip_loader(stage.source, batch_size=stage.batch, crop=stage.crop,
+                                          temporal_stride=model.temporal_stride, **options)  # fmt: skip
                 yield from itertools.islice(loader, stage.end - step)
                 loader.close()
                 step = stage.end
@@ -117,15 +121,15 @@ def vae_objective(config, workdir: str, mesh) -> Objective:
         name="VAE",
         identity=source_identity(source, repr(order)),
         init=init,
-        loss=_make_loss(networks, weights, lpips, compute_dtype(settings.dtype), settings.remat != "none"),
+        loss=_make_loss(networks, weights, lpips, dtype, settings.remat != "none"),
         batches=batches,
-        work=lambda batch: dict(frames=int(np.prod(batch["video"].shape[:2])) * jax.process_count()),
+        work=lambda batch: vae_work(model, batch["video"].shape),
         evaluate=evaluate,
         finish=finish,
         start=start,
         optims=optims,
         averaged=lambda params: dict(vae=params["vae"]),
-        constants=lpips.params if lpips else {},
+        constants=jax.device_put(lpips.params, sharding.replicated(mesh)) if lpips else {},
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -23,7 +24,7 @@ from sorax.errors import UserError
 from sorax.export_comfyui import export_comfyui
 from sorax.export_weights import write_safetensors
 from sorax.functional import abstract, count
-from sorax.generate import Generator, Request
+from sorax.generate import Generator, Request, given_frames
 from sorax.sharding import path_string
 from sorax.text import TextConfig, TextEncoder
 from sorax.vae import VAE, VAEConfig
@@ -301,21 +302,47 @@ def tokenizer_there(networks, tmp_path_factory):
     return tokenizer
 
 
-def test_the_exported_folder_runs_in_diffusers(networks, tmp_path):
-    """Prompt to latents through WanPipeline as in our sampler, to 1e-4 of the largest: float32 sums in another order
-    (needs the extra `parity`)."""
+def generator_of(n):
+    return Generator(n.dit_config, n.dit, n.text_config, n.text, TOKENIZER, Codec(n.vae_config, n.vae))
+
+
+@pytest.mark.parametrize("solver", ["euler", "unipc", "dpm++"])
+@pytest.mark.parametrize("shape", [(5, 32, 48), (1, 48, 32)], ids=str)
+def test_the_exported_folder_runs_in_diffusers(networks, tmp_path, solver, shape):
+    """Prompt to pixels through WanPipeline as in our sampler, with a negative prompt: latents to 1e-4 of the largest,
+    float32 sums in another order, pixels within 1 of 255 (needs the extra `parity`)."""
     diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
-    out = export.export_diffusers(networks, TOKENIZER, tmp_path / "out", shift=3.0)
+    out = export.export_diffusers(networks, TOKENIZER, tmp_path / "out", shift=3.0, solver=solver)
     pipe = diffusers.WanPipeline.from_pretrained(out)
-    noise = np.random.default_rng(0).standard_normal((2, 4, 6, 4), np.float32)
-    prompt, shape, settings = "a red circle moving right </s>", (5, 32, 48), dict(guidance_scale=3.0)
+    (T, H, W), generator = shape, generator_of(networks)
+    noise = np.random.default_rng(0).standard_normal((1 + (T - 1) // 4, H // 8, W // 8, 4), np.float32)
+    prompt, settings = "a red circle moving right </s>", dict(guidance_scale=3.0)
+    their_noise = torch.from_numpy(np.moveaxis(noise, -1, 0)[None].copy())
+    options = dict(num_frames=T, height=H, width=W, num_inference_steps=4, latents=their_noise, **settings,
+                   negative_prompt="blur")  # fmt: skip
+    theirs = np.moveaxis(pipe(prompt, output_type="latent", **options).frames.numpy()[0], 0, -1)
+    request = Request(prompt, *shape, noise=noise, negative_prompt="blur")
+    ours = generator.latents([request], num_steps=4, shift=3.0, solver=solver, **settings)[0]
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
+    pixels = np.asarray(pipe(prompt, output_type="np", **options).frames[0]) * 255
+    assert np.abs(generator.codec.decode([ours])[0] - pixels).max() <= 1
+
+
+def test_a_first_frame_is_given_as_in_diffusers(networks, tmp_path):
+    """Image to video through WanImageToVideoPipeline, whose timesteps are per token and 0 on the given frame."""
+    diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
+    out = export.export_diffusers(networks, TOKENIZER, tmp_path / "out", shift=3.0, expand_timesteps=True)
+    pipe = diffusers.WanImageToVideoPipeline.from_pretrained(out)
+    shape, generator = (9, 32, 48), generator_of(networks)
+    noise = np.random.default_rng(0).standard_normal((3, 4, 6, 4), np.float32)
+    image = np.random.default_rng(1).integers(0, 256, (32, 48, 3), dtype=np.uint8)
     theirs = pipe(
-        prompt, num_frames=5, height=32, width=48, num_inference_steps=4, **settings, output_type="latent",
-        latents=torch.from_numpy(np.moveaxis(noise, -1, 0)[None].copy()),
+        Image.fromarray(image), "a red circle", num_frames=9, height=32, width=48, num_inference_steps=4,
+        latents=torch.from_numpy(np.moveaxis(noise, -1, 0)[None].copy()), guidance_scale=3.0, output_type="latent",
     ).frames.numpy()[0]  # fmt: skip
-    n = networks
-    generator = Generator(n.dit_config, n.dit, n.text_config, n.text, TOKENIZER, Codec(n.vae_config, n.vae))
-    ours = generator.latents([Request(prompt, *shape, noise=noise)], num_steps=4, shift=3.0, **settings)[0]
+    given = given_frames(generator.codec, {0: image[None]}, *shape)
+    request = Request("a red circle", *shape, noise=noise, given=given)
+    ours = generator.latents([request], num_steps=4, shift=3.0, guidance_scale=3.0)[0]
     np.testing.assert_allclose(ours, np.moveaxis(theirs, 0, -1), rtol=0, atol=1e-4 * np.abs(theirs).max())
 
 

@@ -10,10 +10,13 @@ from safetensors.numpy import load_file, save_file
 
 from sorax import convert, export, read_weights
 from sorax.cli import main
+from sorax.config import load_config
 from sorax.errors import UserError
 from sorax.export_comfyui import export_comfyui
 from sorax.import_wan import import_run
+from sorax.objectives import complete
 from sorax.runs import load_run
+from sorax.train import train
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 WAN, TOKENIZERS = FIXTURES / "wan", FIXTURES / "tokenizers"
@@ -81,6 +84,37 @@ def test_an_imported_run_has_the_networks_and_keeps_how_they_sample(source, tmp_
         ours = read_weights.load(getattr(run.networks, part))
         for a, b in zip(*(sorted(leaves(tree)) for tree in (ours, getattr(there, part))), strict=True):
             assert a == b
+
+
+def test_an_imported_run_trains_and_exports_the_rest_untouched(source, tmp_path, quick_compiler):
+    """Two steps of the transformer alone: its tensors change, those of VAE and text encoder keep their bytes."""
+    workdir, out = str(import_run(source, tmp_path / "run")), tmp_path / "out"
+    overrides = ["data.path=world", "data.batch=8", "data.row_tokens=64", "data.row_text=128", "data.val_samples=4"]
+    overrides += ["train.steps=2", "train.remat=none", "optim.lr=1e-2", "optim.warmup_steps=0", "eval.num_steps=2"]
+    overrides += ["mesh.data=-1", "mesh.fsdp=2"]
+    config = load_config(f"{workdir}/config.json", overrides, complete)
+    with config.unlocked():
+        config.data.world = dict(num_samples=8, shapes=((5, 32, 32),), fps=8.0)
+    train(config, workdir)
+    run = load_run(workdir)
+    assert run.step == 2 and run.config.train.freeze == ["text"]
+    assert main(["export", "--run", workdir, "--out", str(out)]) == 0
+    before, after = tensors_of(source), tensors_of(out)
+    assert after["vae"] == before["vae"] and after["text_encoder"] == before["text_encoder"]
+    assert after["transformer"].keys() == before["transformer"].keys()
+    name = "blocks.0.attn1.to_q.weight"
+    assert after["transformer"][name] != before["transformer"][name]
+    there = convert.read_diffusers(source).dit["blocks"]["self_attention"]["q"]["kernel"]
+    moved = np.abs(np.asarray(run.networks.dit["blocks"]["self_attention"]["q"]["kernel"]) - there)
+    assert 0 < moved.max() < 0.1  # it began where the weights were
+
+
+def test_weights_of_another_architecture_are_no_start(source, tmp_path):
+    workdir = str(import_run(source, tmp_path / "run"))
+    config = load_config(f"{workdir}/config.json", ["model.num_layers=5"], complete)
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config.to_dict()))
+    with pytest.raises(UserError, match=r"another architecture \(model\.num_layers: 2 there, 5 here\)"):
+        load_run(workdir)
 
 
 def leaves(tree, path=""):

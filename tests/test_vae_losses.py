@@ -10,7 +10,7 @@ from conftest import tiny_config
 from flax import nnx
 from random_params import random_params
 
-from sorax import functional, objectives
+from sorax import functional, objectives, sharding
 from sorax.discriminator import Discriminator, DiscriminatorConfig, adaptive_weight, discriminator_loss, generator_loss
 from sorax.errors import UserError
 from sorax.inflate import inflate
@@ -215,4 +215,4 @@ def test_a_stage_that_cannot_be_is_refused_before_anything_is_trained(name, tmp_
         config.data.stages, config.data.path = STAGES[name][0], "world"
     objectives.complete(config)
     with pytest.raises(UserError, match=STAGES[name][1]):
-        vae_objective(config, str(tmp_path), None)
+        vae_objective(config, str(tmp_path), sharding.local_mesh())
