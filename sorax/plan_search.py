@@ -16,8 +16,9 @@ ROW_LENGTHS = (0.5, 1, 2)  # times the experiment's own; rows are as many fewer
 STATE_BYTES = 16  # of a parameter: itself, EMA and Adam's two moments, in float32
 # Values of a token's width that a layer keeps for the backward pass, by remat policy. `dots`: results of products.
 KEPT = {"none": 60, "dots": 14, "full": 1, "offload": 0}
-# Values of a token's width that one layer needs while it is worked on, mostly backward: what libtpu took for the 1.3B.
-WORKING = 120
+# Values of a token's width that one layer needs while it is worked on, mostly backward: so many, and so many times the
+# width of the MLP in widths. That gives what libtpu took for the 1.3B (120) and the 14B (80).
+WORKING = 45, 13
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,8 @@ def candidates(config, topology: Topology, video=None) -> list[Candidate]:
         # Everything but the width of `tensor` and the tokens of `context` is a share of fsdp x tensor.
         shard = parameters / (axes[1] * axes[3])
         tokens = batch / ranks * row_tokens / axes[2] / recipe.settings.accumulate
-        memory = shard * (STATE_BYTES + 4) + 2 * tokens * model.width * (KEPT[remat] * model.num_layers + WORKING)
+        values = KEPT[remat] * model.num_layers + WORKING[0] + WORKING[1] * model.ffn_dim / model.width
+        memory = shard * (STATE_BYTES + 4) + 2 * tokens * model.width * values
         sent = _traffic(axes, parameters, tokens, model, recipe.settings.accumulate, topology, remat)
         work = roofline.Work(
             affine=affine, attention=attention, places=batch * row_tokens, width=model.width, layers=model.num_layers,
