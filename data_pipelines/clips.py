@@ -11,6 +11,18 @@ from data_pipelines import reading
 from sorax.errors import UserError
 
 
+def check_crop(crop, temporal_stride: int):
+    """Raises UserError unless crop is None or (frames, height, width) that a VAE of this temporal stride takes."""
+    if crop is None:
+        return
+    if not isinstance(crop, tuple | list) or len(crop) != 3 or not all(isinstance(n, int) and n >= 0 for n in crop):
+        raise UserError(f"crop {crop!r}: it is (frames, height, width), whole numbers, 0 to leave a side as it is")
+    if crop[0] and (crop[0] - 1) % temporal_stride:
+        few = ", ".join(str(temporal_stride * n + 1) for n in range(4))
+        raise UserError(f"crop {tuple(crop)}: clips have {temporal_stride}n + 1 frames ({few}, ...), or 0 to leave "
+                        "them as they are")  # fmt: skip
+
+
 class VideoClipSource:
     """Batches of dense clips, all of one shape, drawn from a source of mixed shapes; random access by step.
 
@@ -23,19 +35,22 @@ class VideoClipSource:
         place drawn for each clip, so that videos of many native sizes train in one shape; smaller ones keep their own
         size.
 
-    Raises UserError where the source is empty or crop has not 4n + 1 frames.
+      temporal_stride: of the VAE; it takes clips of temporal_stride * n + 1 frames.
+
+    Raises UserError where the source is empty or for a crop that `check_crop` refuses.
     """
 
-    def __init__(self, source, *, batch_size, seed, crop=None):
+    def __init__(self, source, *, batch_size, seed, crop=None, temporal_stride=4):
         if not len(source):
             raise UserError("there is no video to train on: the data set is empty")
-        if crop is not None and (min(crop) < 0 or (crop[0] and crop[0] % 4 != 1)):
-            raise UserError(f"crop {tuple(crop)}: clips have 4n + 1 frames (1, 5, 9, 13, ...) and a positive size, or "
-                            "0 to leave it as it is")  # fmt: skip
+        check_crop(crop, temporal_stride)
         self.source, self.batch_size, self.seed, self.crop = source, batch_size, seed, crop
         specs = (source.spec(i) for i in range(len(source)))
         shapes = np.array([(s.num_frames, s.height, s.width) for s in specs])
         cropped = shapes if crop is None else np.where(crop, np.minimum(shapes, crop), shapes)
+        # A batch is of one shape, so few enough clips that reach a crop are worth a word.
+        if crop is not None and any(crop) and not (cropped != shapes).any():
+            print(f"no clip is larger than the crop of {crop} (frames, height, width): they are used whole")
         # Sorted, so that equal data draws equally: [groups, 3], members [groups] of indices.
         self.shapes, group_of, sizes = np.unique(cropped, axis=0, return_inverse=True, return_counts=True)
         self.groups = np.split(np.argsort(group_of.ravel(), kind="stable"), sizes.cumsum()[:-1])

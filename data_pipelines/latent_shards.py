@@ -13,7 +13,7 @@ import numpy as np
 
 from data_pipelines import latent_records as records
 from data_pipelines.latent_writer import file_sha256, read_json, splits
-from data_pipelines.text_tokens import TOKENIZER_FILE, Tokenizer
+from data_pipelines.text_tokens import Tokenizer
 from sorax.errors import UserError
 
 PREFIX = "shards:"  # of a data.path that names a folder of latent shards
@@ -227,11 +227,12 @@ def _verify_tokenizer(folder, manifest):
     if "tokenizer" not in manifest["metadata"]:
         return []
     try:
-        if Tokenizer.load(folder).identity == manifest["metadata"]["tokenizer"]:
+        tokenizer = Tokenizer.load(folder)
+        if tokenizer.identity == manifest["metadata"]["tokenizer"]:
             return []
     except UserError as error:
         return [str(error)]
-    return [f"{TOKENIZER_FILE} is not the one that split {manifest['split']} was encoded with"]
+    return [f"{tokenizer.file} is not the one that split {manifest['split']} was encoded with"]
 
 
 def written_splits(path):

@@ -183,10 +183,10 @@ def make_loader(row_source, **options):
     return Loader(_ReadRows(row_source), **about, **options)
 
 
-def make_clip_loader(source, *, batch_size, seed, crop=None, **options):
+def make_clip_loader(source, *, batch_size, seed, crop=None, temporal_stride=4, **options):
     """Loader of dense clips: dict(video uint8 [B_local, T, H, W, 3]), one shape a batch (`VideoClipSource`).
 
     options as in `Loader`.
     """
-    clips = VideoClipSource(source, batch_size=batch_size, seed=seed, crop=crop)
+    clips = VideoClipSource(source, batch_size=batch_size, seed=seed, crop=crop, temporal_stride=temporal_stride)
     return Loader(clips.read, batch_size=batch_size, identity=clips.identity, name=clips.name, **options)

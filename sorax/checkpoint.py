@@ -4,12 +4,15 @@ import os
 import shutil
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 
 from sorax.errors import UserError
 from sorax.sharding import path_string
 
 ITEMS = ("params", "ema_params", "opt_state", "rng")
+CHUNK_BYTES = 2**28  # of a stored array: what is read of it at a time costs one or two of these
 
 
 class Checkpoints:
@@ -39,7 +42,9 @@ class Checkpoints:
                 f"no space left for the checkpoint of step {step} in {self.path!r}: {need / 2**20:.0f} MiB needed, "
                 f"{free / 2**20:.0f} MiB free; free some and run the same command to go on"
             )
-        args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        chunks = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
+        args = {name: ocp.args.StandardSave(tree, save_args=jax.tree.map(lambda _: chunks, tree))
+                for name, tree in items.items()}  # fmt: skip
         self._guard(lambda: self._manager.save(step, args=ocp.args.Composite(**args, info=ocp.args.JsonSave(info))))
 
     def restore(self, abstract_items: dict, step: int | None = None):
@@ -51,15 +56,29 @@ class Checkpoints:
         Raises:
             UserError: no checkpoint, or one of another architecture: the first arrays that differ are named.
         """
-        step = self.latest_step() if step is None else step
-        if step is None:
-            raise UserError(f"no checkpoint in {self.path!r}: train first, or name another run")
+        step = self._step(step)
         args = {name: ocp.args.StandardRestore(tree) for name, tree in abstract_items.items()}
         there = self._manager.item_metadata(step)
         for name, tree in abstract_items.items():
             self._check_same_shapes(tree, there[name], name)
         restored = self._manager.restore(step, args=ocp.args.Composite(**args, info=ocp.args.JsonRestore()))
         return {name: restored[name] for name in abstract_items}, restored["info"]
+
+    def stored(self, abstract, name: str, step: int | None = None):
+        """An item of a step (the latest by default) as a tree of `StoredArray`: nothing is read until it is asked for.
+
+        abstract: the item's tree of ShapeDtypeStruct. Raises UserError as `restore` does.
+        """
+        step = self._step(step)
+        self._check_same_shapes(abstract, self._manager.item_metadata(step)[name], name)
+        folder = os.path.join(self.path, str(step), name)
+        return jax.tree_util.tree_map_with_path(lambda path, _: StoredArray(folder, path_string(path)), abstract), step
+
+    def _step(self, step):
+        step = self.latest_step() if step is None else step
+        if step is None:
+            raise UserError(f"no checkpoint in {self.path!r}: train first, or name another run")
+        return step
 
     def _check_same_shapes(self, tree, metadata, name):
         there, here = _shapes(getattr(metadata, "tree", metadata)), _shapes(tree)
@@ -85,6 +104,22 @@ class Checkpoints:
                 f"a checkpoint could not be written to {self.path!r}: {error}; the last complete one is of step "
                 f"{self.latest_step()}: run the same command to go on from it"
             ) from error
+
+
+class StoredArray:
+    """An array of a checkpoint that is read piece by piece: `stored[i]` reads one layer, `np.asarray(stored)` all."""
+
+    def __init__(self, folder: str, path: str):
+        place = {"driver": "ocdbt", "base": f"file://{folder}/", "path": path.replace("/", ".") + "/"}
+        self._array = tensorstore.open({"driver": "zarr", "kvstore": place}, read=True).result()
+        self.shape, self.dtype = tuple(self._array.shape), np.dtype(self._array.dtype.numpy_dtype)
+        self.size, self.ndim = int(np.prod(self.shape, dtype=np.int64)), len(self.shape)
+
+    def __getitem__(self, index) -> np.ndarray:
+        return self._array[index].read().result()
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self._array.read().result(), dtype)
 
 
 def _shapes(tree):

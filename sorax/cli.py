@@ -2,12 +2,13 @@
 
 import argparse
 import os
+import re
 import signal
 import sys
 import threading
 import traceback
 
-from sorax import backend, cli_data
+from sorax import backend, cli_data, cli_plan
 from sorax.errors import UserError
 
 
@@ -78,6 +79,9 @@ def _parse(argv):
     train = verb(train_verb, "train", "train what an experiment describes, or go on where its run stands")
     train.add_argument("--config", required=True, help="experiment file, such as experiments/quickstart.py")
     train.add_argument("--workdir", required=True, help="run folder")
+    train.add_argument("--profile", nargs="?", const="10:13", default="", metavar="START:STOP",
+                       help="write a profiler's trace of these steps, counted from where the run goes on, to the run "
+                       "folder (default: %(const)s)")  # fmt: skip
     _several(train)
     train.add_argument("--config.KEY=VALUE", dest="_", help="override any key, such as --config.optim.lr=1e-4")
     train.set_defaults(takes_overrides=True)
@@ -87,7 +91,8 @@ def _parse(argv):
     encode.add_argument("--vae", default="", help="VAE: run, DiT run or diffusers folder (default: config.vae.path)")
     encode.add_argument("--out", default="", help="folder of the latents; train with --config.data.path=shards:FOLDER")
     encode.add_argument("--shards", type=int, default=0, help="number of files (default: as many as stay below 256 MB)")
-    encode.add_argument("--tokenizer", default="", help="run or latents whose tokenizer to use (default: a new one)")
+    encode.add_argument("--tokenizer", default="",
+                        help="folder with the one to use, or bytes (default: config.data.tokenizer)")  # fmt: skip
     encode.add_argument("--verify", default="", metavar="FOLDER", help="check latents that are there; writes nothing")
     _several(encode)
     encode.add_argument("--config.KEY=VALUE", dest="_", help="override any key, such as --config.data.path=FOLDER")
@@ -100,17 +105,21 @@ def _parse(argv):
     sample.add_argument("--size", default="", help="WxH in pixels (default: what the run was trained on most)")
     sample.add_argument("--frames", type=int, default=0, help="number of frames (default: likewise)")
     sample.add_argument("--fps", type=float, default=0.0, help="frames per second of the file (default: the run's)")
+    sample.add_argument("--solver", default="", help="euler, unipc or dpm++ (default: the config's)")
     sample.add_argument("--steps", type=int, default=0, help="sampling steps (default: the config's)")
     sample.add_argument("--guidance", type=float, default=None, help="guidance scale, 1 = off (default: the config's)")
     sample.add_argument("--shift", type=float, default=None, help="noise schedule shift (default: the config's)")
     sample.add_argument("--seed", type=int, default=0, help="noise seed; prompt k of several uses seed + k")
     sample.add_argument("--weights", choices=("ema", "raw"), default="ema")
+    sample.add_argument("--noise", default="", metavar="FILE.npy", help="initial noise [B, t, h, w, C], one a prompt")
+    sample.add_argument("--save-latents", default="", metavar="FILE.npy",
+                        help="keep the final latents [B, t, h, w, C], normalised, as before decoding")  # fmt: skip
     sample.add_argument("--out", default="sample.mp4", help=".mp4, .gif or .png; several prompts are numbered")
 
     evaluate = verb(evaluate_verb, "evaluate", "score a run against exact ground truth, or a VAE by its copies")
     evaluate.add_argument("--run", required=True, dest="workdir", help="run folder, or a diffusers folder with a VAE")
     evaluate.add_argument("--out", default="report", help="folder for scores.json, scores.md and pictures")
-    evaluate.add_argument("--clips", type=int, default=0, help="clips of each split (default: the config's)")
+    evaluate.add_argument("--clips", type=int, default=None, help="clips of each split (default: the config's)")
 
     evaluate.add_argument("--data", default="", help="of a VAE: folder of videos, or world (default: the run's data)")
     evaluate.add_argument("--data.KEY=VALUE", dest="_", help="override a key of it, such as --data.max_tokens=4096")
@@ -120,11 +129,22 @@ def _parse(argv):
     export = verb(export_verb, "export", "write the networks of a run, or its VAE alone, for other programs")
     export.add_argument("--run", required=True, dest="workdir", help="run folder, of a VAE for the VAE alone")
     export.add_argument("--out", required=True, help="new folder")
-    export.add_argument("--format", choices=("diffusers", "safetensors"), default="diffusers")
-    export.add_argument("--dtype", choices=("f32", "bf16"), default="f32")
+    export.add_argument("--format", choices=("diffusers", "safetensors", "comfyui"), default="diffusers")
+    export.add_argument("--dtype", choices=("auto", "f32", "bf16"), default="auto",
+                        help="auto: as imported, or f32 where it was trained")  # fmt: skip
     export.add_argument("--weights", choices=("ema", "raw"), default="ema")
+    export.add_argument("--max-shard-size", default="5GB", help="of a file of weights, such as 500MB (default: 5GB)")
+
+    imported = verb(import_verb, "import", "make a run of open weights, to sample, train, evaluate and export")
+    imported.add_argument("--from", required=True, dest="source",
+                          help="WanPipeline folder, ComfyUI export, or a transformer's safetensors file")  # fmt: skip
+    imported.add_argument("--workdir", required=True, help="new run folder")
+    for name, what in (("vae", "safetensors file or AutoencoderKLWan folder"), ("text", "UMT5 or T5 folder"),
+                       ("tokenizer", "folder with a tokenizer (default: that of --text)")):  # fmt: skip
+        imported.add_argument(f"--{name}", default="", help=f"with a transformer's file: {what}")
 
     cli_data.add_verbs(verbs)
+    cli_plan.add_verb(verbs)
 
     arguments, rest = parser.parse_known_args(argv)
     prefix = getattr(arguments, "prefix", "--config.")
@@ -141,8 +161,17 @@ def train_verb(arguments, overrides):
     from sorax.train import train
 
     processes.start(arguments.coordinator, arguments.processes, arguments.process)
-    train(config.load_config(arguments.config, overrides, complete), arguments.workdir)
+    profile = _steps(arguments.profile) if arguments.profile else None
+    train(config.load_config(arguments.config, overrides, complete), arguments.workdir, profile=profile)
     print(f"run: {arguments.workdir}")
+
+
+def _steps(text):
+    """(start, stop) of `--profile START:STOP`."""
+    start, colon, stop = text.partition(":")
+    if not (colon and start.isdecimal() and stop.isdecimal() and int(start) < int(stop)):
+        raise UserError(f"--profile {text!r} is no range of steps: write for example --profile 10:13")
+    return int(start), int(stop)
 
 
 def encode_verb(arguments, overrides):
@@ -159,7 +188,7 @@ def encode_verb(arguments, overrides):
     processes.start(arguments.coordinator, arguments.processes, arguments.process)
     config = config_lib.load_config(arguments.config, overrides, complete)
     encode_experiment(config, arguments.vae, arguments.out, num_shards=arguments.shards,
-                      tokenizer_folder=arguments.tokenizer)  # fmt: skip
+                      tokenizer=arguments.tokenizer)  # fmt: skip
     print(f"latents: {arguments.out}, train with --config.data.path=shards:{arguments.out}")
 
 
@@ -194,7 +223,7 @@ def quickstart(arguments, _):
     if not os.path.exists(os.path.join(report, "scores.json")):
         _evaluate(workdir, report, 0)
     if not os.path.exists(exported):
-        _export(workdir, exported, "diffusers", "f32", "ema")
+        _export(workdir, exported, "diffusers", "auto", "ema")
     minutes, seconds = divmod(int(time.monotonic() - began), 60)
     with open(os.path.join(report, "scores.md")) as f:
         print("\n" + f.read())
@@ -209,8 +238,6 @@ def quickstart(arguments, _):
 
 
 def sample_verb(arguments, _):
-    import re
-
     from sorax import generate, media
     from sorax.runs import load_run
 
@@ -233,18 +260,42 @@ def sample_verb(arguments, _):
         stem, suffix = os.path.splitext(arguments.out)
         outs = [f"{stem}_{k}{suffix}" for k in range(len(arguments.prompt))]
     media.check_suffix(outs[0], legal[0])
-    settings = run.config.eval
-    requests = [generate.Request(prompt, *legal, seed=arguments.seed + k, negative_prompt=arguments.negative_prompt)
-                for k, prompt in enumerate(arguments.prompt)]  # fmt: skip
-    videos = run.generator().videos(
-        requests,
-        num_steps=arguments.steps or settings.num_steps,
-        guidance_scale=settings.guidance_scale if arguments.guidance is None else arguments.guidance,
-        shift=run.config.flow.sample_shift if arguments.shift is None else arguments.shift,
-    )
+    given = dict(num_steps=arguments.steps or None, solver=arguments.solver or None, guidance_scale=arguments.guidance,
+                 shift=arguments.shift)  # fmt: skip
+    sampling = run.sampling() | {name: value for name, value in given.items() if value is not None}
+    noise = _read_noise(arguments.noise, len(arguments.prompt))
+    if arguments.save_latents and not arguments.save_latents.endswith(".npy"):
+        raise UserError(f"--save-latents {arguments.save_latents!r}: arrays are written as .npy files")
+    requests = [
+        generate.Request(prompt, *legal, seed=arguments.seed + k, negative_prompt=arguments.negative_prompt,
+                         noise=noise[k])
+        for k, prompt in enumerate(arguments.prompt)
+    ]
+    generator = run.generator()
+    latents = generator.latents(requests, **sampling)
+    if arguments.save_latents:
+        media.write_array(arguments.save_latents, latents)
+        print(f"{arguments.save_latents}: final latents")
+    videos = generator.codec.decode(latents)
     for out, video, prompt in zip(outs, videos, arguments.prompt):
         media.write_video(out, video, arguments.fps or fps)
         print(f"{out}: {prompt}")
+
+
+def _read_noise(path, count):
+    """The noise of each prompt from a .npy file; None each if there is none."""
+    import numpy as np
+
+    if not path:
+        return [None] * count
+    try:
+        noise = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--noise {path!r} cannot be read ({error}): write it with numpy.save") from error
+    if noise.ndim != 5 or len(noise) != count or not np.issubdtype(noise.dtype, np.floating):
+        raise UserError(f"--noise {path!r} holds {noise.dtype} {list(noise.shape)}: it must be floats "
+                        f"[{count}, t, h, w, C], one noise a prompt")  # fmt: skip
+    return list(noise)
 
 
 def evaluate_verb(arguments, overrides):
@@ -255,19 +306,34 @@ def evaluate_verb(arguments, overrides):
 def _evaluate(workdir, out, clips, **settings):
     from sorax import evaluate
 
+    if clips is not None and clips < 1:
+        raise UserError(f"--clips {clips}: score at least 1 clip of each split")
     backend.keep_programs()
-    scores = evaluate.evaluate_folder(workdir, out, num_clips=clips or None, **settings)
+    scores = evaluate.evaluate_folder(workdir, out, num_clips=clips, **settings)
     print("\n".join(evaluate.summary_lines(scores)))
     print(f"report: {out}")
 
 
+def import_verb(arguments, _):
+    from sorax.import_wan import import_run
+
+    import_run(arguments.source, arguments.workdir, vae=arguments.vae, text=arguments.text,
+               tokenizer=arguments.tokenizer)  # fmt: skip
+    print(f"run: {arguments.workdir} (its config.json can be trained with --config, and --config.data.path=...)")
+
+
 def export_verb(arguments, _):
-    _export(arguments.workdir, arguments.out, arguments.format, arguments.dtype, arguments.weights)
+    size = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG])I?B?", arguments.max_shard_size.upper())
+    if not size or not float(size[1]):
+        raise UserError(f"--max-shard-size {arguments.max_shard_size!r} is no size: write for example 5GB")
+    limit = int(float(size[1]) * {"K": 10**3, "M": 10**6, "G": 10**9}[size[2]])
+    _export(arguments.workdir, arguments.out, arguments.format, arguments.dtype, arguments.weights, limit)
     print(f"{arguments.format} folder: {arguments.out}")
 
 
-def _export(workdir, out, form, dtype, weights):
+def _export(workdir, out, form, dtype, weights, max_shard_bytes=5 * 10**9):
     from sorax import export
+    from sorax.export_comfyui import export_comfyui
     from sorax.export_vae import export_vae_folder
     from sorax.runs import kind_of, load_run
 
@@ -275,12 +341,13 @@ def _export(workdir, out, form, dtype, weights):
         if weights != "ema":
             raise UserError(f"{workdir!r} is a VAE, whose latent statistics are those of the EMA weights: export it "
                             "without --weights raw")  # fmt: skip
-        export_vae_folder(workdir, out, form=form, dtype=dtype)
+        export_vae_folder(workdir, out, form=form, dtype=dtype, max_shard_bytes=max_shard_bytes)
         return
-    run = load_run(workdir, weights)
-    write = {"diffusers": export.export_diffusers, "safetensors": export.export_safetensors}[form]
-    write(run.networks, run.tokenizer, out, shift=run.config.flow.sample_shift, dtype=dtype,
-          metadata=run.metadata(weights))  # fmt: skip
+    run = load_run(workdir, weights, stored=True)
+    write = dict(diffusers=export.export_diffusers, safetensors=export.export_safetensors, comfyui=export_comfyui)[form]
+    how = run.sampling()
+    write(run.networks, run.tokenizer, out, shift=how["shift"], solver=how["solver"], dtype=dtype,
+          metadata=run.metadata(weights), max_shard_bytes=max_shard_bytes)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -29,7 +29,14 @@ def load_config(path: str, overrides=(), complete=None) -> ml_collections.Config
 
     Raises:
         UserError: no such file, no `get_config`, an unknown key or a value of the wrong type.
+
+    path: a Python file, or the config.json of a run.
     """
+    if path.endswith(".json") and os.path.isfile(path):
+        config = read_config(os.path.dirname(path) or ".")
+        if complete is not None:
+            complete(config)
+        return apply_overrides(config, overrides)
     if not os.path.isfile(path):
         raise UserError(f"config {path!r} does not exist: name a Python file with a get_config(), such as "
                         "experiments/quickstart.py")  # fmt: skip

@@ -5,20 +5,16 @@ states; read backwards, the pattern is the way back. `sorax/export.py` writes wi
 """
 
 import dataclasses
-import json
 import pathlib
-import re
 
 import einops
 import jax
-import ml_dtypes  # noqa: F401  gives numpy the bfloat16 that safetensors returns
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from sorax.dit import DiT, DiTConfig
 from sorax.errors import UserError
 from sorax.functional import abstract
-from sorax.sharding import path_string
+from sorax.read_weights import load, open_params, read_json, tensor_files
 from sorax.text import TextConfig, TextEncoder
 from sorax.vae import VAE, VAEConfig
 
@@ -175,6 +171,18 @@ TEXT_FIELDS = dict(
     layer_norm_epsilon="eps",
 )  # fmt: skip
 TEXT_FIXED = dict(feed_forward_proj="gated-gelu")
+TEXT_ALIASES = {"encoder.embed_tokens.weight": "shared.weight"}  # the same table; some writers keep both names
+# Solvers of `sorax.sampler`, and the schedulers that are the same.
+SCHEDULERS = {
+    "euler": "FlowMatchEulerDiscreteScheduler", "unipc": "UniPCMultistepScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+}  # fmt: skip
+SCHEDULER_FIXED = dict(
+    num_train_timesteps=1000, prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=2,
+    use_dynamic_shifting=False, use_karras_sigmas=False, use_exponential_sigmas=False, use_beta_sigmas=False,
+    thresholding=False, predict_x0=True, lower_order_final=True, final_sigmas_type="zero", disable_corrector=[],
+    euler_at_final=False, use_lu_lambdas=False, shift_terminal=None, stochastic_sampling=False,
+)  # fmt: skip
 
 
 def _config(cls, path, fields, fixed, **derived):
@@ -208,22 +216,33 @@ class Networks:
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline(Networks):
-    """What a WanPipeline folder holds: networks (parameters float32 numpy) and how it samples."""
+    """What a WanPipeline folder holds: networks and how it samples."""
 
     scheduler: dict  # scheduler_config.json
     expand_timesteps: bool  # a timestep per token, with given frames at 0 (Wan 2.2 TI2V)
 
     @property
     def shift(self) -> float:
-        return self.scheduler.get("flow_shift", self.scheduler.get("shift", 1.0))
+        return float(self.scheduler.get("flow_shift", self.scheduler.get("shift", 1.0)))
+
+    @property
+    def solver(self) -> str:
+        """Its scheduler, by its name in `sorax.sampler`."""
+        return next(solver for solver, name in SCHEDULERS.items() if name == self.scheduler["_class_name"])
 
 
 def read_diffusers(folder) -> Pipeline:
-    """Reads a WanPipeline folder with safetensors weights.
+    """As `open_diffusers`, with all parameters read: float32 numpy. Raises UserError for values that are not finite."""
+    pipeline = open_diffusers(folder)
+    return dataclasses.replace(pipeline, **{name: load(getattr(pipeline, name)) for name in ("vae", "dit", "text")})
+
+
+def open_diffusers(folder) -> Pipeline:
+    """A WanPipeline folder with safetensors weights; its parameters are `read_weights.StoredParam`, not read yet.
 
     Raises:
-        UserError: not such a folder, an architecture that sorax does not have, or tensors that are missing, not
-            expected, of another shape, not finite, or in a damaged file; the message names the file and the tensors.
+        UserError: not such a folder, an architecture or scheduler that sorax does not have, or tensors that are
+            missing, not expected, of another shape, or in a damaged file; it names the file and the tensors.
     """
     folder = pathlib.Path(folder)
     index = read_json(folder / "model_index.json")
@@ -232,21 +251,38 @@ def read_diffusers(folder) -> Pipeline:
         raise UserError(f"{folder}: a {kind} is not supported, only WanPipeline: choose a Wan text-to-video model")
     if (index.get("transformer_2") or [None])[0] or index.get("boundary_ratio") is not None:
         raise UserError(f"{folder}: two transformers (a mixture by noise level) are not supported: use Wan 2.1 or TI2V")
-    vae_config, vae = read_vae(folder / "vae")
-    dit_config, dit = read_dit(folder / "transformer")
-    text_config, text = read_text(folder / "text_encoder")
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    vae_config, vae = open_vae(folder / "vae")
+    dit_config, dit = open_dit(folder / "transformer")
+    text_config, text = open_text(folder / "text_encoder")
+    path = folder / "scheduler" / "scheduler_config.json"
+    scheduler = read_json(path)
+    if scheduler.get("_class_name") not in SCHEDULERS.values():
+        raise UserError(f"{path}: a {scheduler.get('_class_name')} is not supported, only "
+                        f"{', '.join(SCHEDULERS.values())}")  # fmt: skip
+    for key, value in SCHEDULER_FIXED.items():
+        # These two are off unless a multistep scheduler says otherwise; Euler's is never otherwise.
+        needed = key in ("prediction_type", "use_flow_sigmas") and scheduler["_class_name"] != SCHEDULERS["euler"]
+        if (found := scheduler.get(key, None if needed else value)) != value:
+            raise UserError(f"{path}: {key} = {found!r} is not supported, only {value!r}")
     return Pipeline(vae_config, vae, dit_config, dit, text_config, text, scheduler, expand)
 
 
-def read_dit(folder):
-    """Config and parameters of a `WanTransformer3DModel` folder. Raises UserError as `read_diffusers` does."""
-    config, _ = _config(DiTConfig, folder / "config.json", DIT_FIELDS, DIT_FIXED)
-    return config, read_params(folder, WEIGHTS, dit_names(config), abstract(DiT, config)[1])
+def read_dit_config(path) -> DiTConfig:
+    """Config of a `WanTransformer3DModel` from its config.json. Raises UserError as `open_diffusers` does."""
+    return _config(DiTConfig, path, DIT_FIELDS, DIT_FIXED)[0]
+
+
+def open_dit(folder):
+    """Config and parameters (`read_weights.StoredParam`) of a `WanTransformer3DModel` folder.
+
+    Raises UserError as `open_diffusers` does.
+    """
+    config, files = read_dit_config(folder / "config.json"), tensor_files(folder, WEIGHTS)
+    return config, open_params(folder, files, dit_names(config), abstract(DiT, config)[1])
 
 
 def read_vae_config(folder):
-    """Config and latent statistics of an `AutoencoderKLWan` folder. Raises UserError as `read_diffusers` does."""
+    """Config and latent statistics of an `AutoencoderKLWan` folder. Raises UserError as `open_diffusers` does."""
     path = folder / "config.json"
     raw = read_json(path)
     patch = raw.get("patch_size") or 1
@@ -263,140 +299,27 @@ def read_vae_config(folder):
     return config, stats
 
 
-def read_vae(folder):
-    """Config and parameters of an `AutoencoderKLWan` folder. Raises UserError as `read_diffusers` does."""
-    config, stats = read_vae_config(folder)
-    return config, read_params(folder, WEIGHTS, vae_names(config), abstract(VAE, config)[1], stats)
+def open_vae(folder):
+    """Config and parameters of an `AutoencoderKLWan` folder, as `open_dit`."""
+    (config, stats), files = read_vae_config(folder), tensor_files(folder, WEIGHTS)
+    return config, open_params(folder, files, vae_names(config), abstract(VAE, config)[1], stats)
 
 
-def read_text(folder):
-    """Config and parameters of a UMT5 or T5 encoder folder. Raises UserError as `read_diffusers` does."""
-    path = folder / "config.json"
+def read_text_config(path) -> TextConfig:
+    """Config of a UMT5 or T5 encoder from its config.json. Raises UserError as `open_diffusers` does."""
     kind = read_json(path).get("model_type")
     if kind not in ("umt5", "t5"):
         raise UserError(f"{path}: model_type {kind!r} is not supported, only umt5 and t5: use another text encoder")
-    config, _ = _config(TextConfig, path, TEXT_FIELDS, TEXT_FIXED, shared_bias=kind == "t5")
-    aliases = {"encoder.embed_tokens.weight": "shared.weight"}  # the same table; some writers keep both names
-    return config, read_params(folder, TEXT_WEIGHTS, text_names(config), abstract(TextEncoder, config)[1], {}, aliases)
+    return _config(TextConfig, path, TEXT_FIELDS, TEXT_FIXED, shared_bias=kind == "t5")[0]
 
 
-def read_params(folder, stem, names, shapes, extra=None, aliases=None):
-    """Parameters of one network from the safetensors files of a folder.
-
-    Args:
-        stem: of the file names; names: its table; shapes: tree of ShapeDtypeStruct of our parameters.
-        extra: path -> array, parameters that are not among the tensors.
-        aliases: name -> other name of the same tensor.
-
-    Returns:
-        tree like `shapes` of float32 numpy arrays.
-    """
-    files, aliases = tensor_files(folder, stem), aliases or {}
-    for alias, name in aliases.items():
-        if alias in files:
-            files.setdefault(name, files[alias])
-    expected = {name.theirs for name in names}
-    leaves = {path_string(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
-    unfilled = leaves.keys() - {name.ours for name in names} - (extra or {}).keys()
-    assert not unfilled, f"the name table leaves out {sorted(unfilled)}"
-    by_file = {}
-    for name in names:
-        if name.theirs in files:
-            by_file.setdefault(files[name.theirs], []).append(name)
-
-    def tensors():
-        """(name, file, its key there, the open file) of each expected tensor."""
-        for path, members in by_file.items():
-            with open_safetensors(path) as opened:
-                inside = set(opened.keys())
-                for name in members:
-                    key = name.theirs if name.theirs in inside else _alias_of(name.theirs, aliases, inside)
-                    if key is None:
-                        raise UserError(f"{path}: tensor {name.theirs} is not there, though the index says so")
-                    yield name, path, key, opened
-
-    # All that is wrong is said at once, before gigabytes are read.
-    misshapen = []
-    for name, _, key, file in tensors():
-        found, wanted = tuple(file.get_slice(key).get_shape()), name.shape(leaves)
-        if found != wanted:
-            misshapen.append(f"{key} has shape {found}, the config asks for {wanted}")
-    _refuse(folder, {
-        "lacks {} tensor(s)": expected - files.keys(),
-        "has unexpected {} tensor(s)": files.keys() - expected - aliases.keys(),
-        "has {} tensor(s) of another shape": misshapen,
-    })  # fmt: skip
-    out = {path: np.empty(leaf.shape, np.float32) for path, leaf in leaves.items()}
-    for path, value in (extra or {}).items():
-        out[path][...] = value
-    for name, path, key, file in tensors():
-        value = np.asarray(file.get_tensor(key)).astype(np.float32)
-        if not np.isfinite(value).all():
-            raise UserError(f"{path}: {key} holds NaN or infinite values: the file is damaged")
-        target = out[name.ours] if name.layer is None else out[name.ours][name.layer]
-        target[...] = name.to_ours(value)
-    return jax.tree_util.tree_map_with_path(lambda path, _: out[path_string(path)], shapes)
+def open_text(folder):
+    """Config and parameters of a UMT5 or T5 encoder folder, as `open_dit`."""
+    config, files = read_text_config(folder / "config.json"), tensor_files(folder, TEXT_WEIGHTS)
+    return config, open_params(folder, files, text_names(config), abstract(TextEncoder, config)[1], None, TEXT_ALIASES)
 
 
-def tensor_files(folder, stem) -> dict[str, pathlib.Path]:
-    """Tensor name -> file, from one safetensors file or from the index of several."""
-    folder = pathlib.Path(folder)
-    index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{index} has no weight_map: the index is damaged")
-        shards = {}
-        for file in set(weight_map.values()):
-            # A name with a folder in it could point anywhere on the disk.
-            if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
-                raise UserError(f"{index} names {file!r}, which is not a plain safetensors file beside it: refused")
-            with open_safetensors(folder / file) as tensors:
-                shards[file] = set(tensors.keys())
-        for file, names in shards.items():
-            strays = {name for name in names if weight_map.get(name) != file}
-            _refuse(folder / file, {"repeats, or has beside the index, {} tensor(s)": strays})
-        return {key: folder / file for key, file in weight_map.items()}
-    if single.exists():
-        with open_safetensors(single) as tensors:
-            return dict.fromkeys(tensors.keys(), single)
-    pickles = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-    if pickles:
-        raise UserError(f"{folder}: {pickles[0]} is a pickle, which sorax does not open (it may run any code): load it "
-                        "with its own library and save it with safe_serialization=True")  # fmt: skip
-    raise UserError(f"{folder} has neither {single.name} nor {index.name}: not a complete model folder")
-
-
-def open_safetensors(path):
-    """Opens a safetensors file; UserError where it is missing or damaged."""
-    try:
-        return safe_open(path, framework="np")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read ({error}): copy it again") from error
-
-
-def read_json(path) -> dict:
-    """A JSON object from a file; UserError where there is none."""
-    try:
-        value = json.loads(pathlib.Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): not a complete model folder") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object: not a model folder")
-    return value
-
-
-def _alias_of(name, aliases, inside):
-    return next((alias for alias, other in aliases.items() if other == name and alias in inside), None)
-
-
-def _refuse(where, problems):
-    """Raises UserError that lists all of the problems (what is said of a number of things -> the things), if any."""
-    said = []
-    for what, things in problems.items():
-        shown = sorted(things)[:3] + ([f"{len(things) - 3} more"] if len(things) > 3 else [])
-        said += [f"{what.format(len(things))}: {', '.join(shown)}"] if things else []
-    if said:
-        raise UserError(f"{where} {'; '.join(said)}. Do config and weights belong together?")
+def read_vae(folder):
+    """Config and parameters (float32 numpy) of an `AutoencoderKLWan` folder."""
+    config, params = open_vae(pathlib.Path(folder))
+    return config, load(params)

@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from sorax.attention import attention
 from sorax.linear import Linear
+from sorax.routing import narrow, widen
 
 BLOCK_INPUT = "block_input"  # what a block keeps for its backward pass, by this name
 REMAT = ("none", "full", "dots", "offload")
@@ -35,6 +36,7 @@ class DiTConfig:
     freq_dim: int = 256  # [freq_dim]
     rope_theta: float = 10000.0
     eps: float = 1e-6  # [eps]
+    mup_base_width: int = 0  # training only: the width whose initial scales and learning rates are meant; 0: this one
 
     def __post_init__(self):
         if self.head_dim % 2 or self.head_dim < 6:
@@ -82,10 +84,10 @@ def rope_angles(positions, config: DiTConfig):
 def apply_rope(x, cos, sin):
     """Rotates the interleaved pairs of x `[B, N, K, A]` (RoFormer; pair layout of Wan)."""
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    out = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return out.reshape(x.shape).astype(x.dtype)
+    # (even, odd) * cos + (-odd, even) * sin: one fused loop each way, where slices would have pads for a gradient.
+    turned = jnp.flip(pairs, axis=-1) * jnp.float32([-1, 1])
+    cos, sin = cos[:, :, None, :, None], sin[:, :, None, :, None]
+    return (pairs * cos + turned * sin).reshape(x.shape).astype(x.dtype)
 
 
 def timestep_features(timestep, dim: int):
@@ -99,7 +101,10 @@ def timestep_features(timestep, dim: int):
 def _remat_policy(name):
     policies = jax.checkpoint_policies
     if name == "dots":
-        return policies.dots_with_no_batch_dims_saveable
+        # Attention is none of the products that it means, and as dear as they are.
+        return policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names("attention")
+        )
     if name == "offload":
         return policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[], names_which_can_be_offloaded=[BLOCK_INPUT],
@@ -197,7 +202,7 @@ class DiT(nnx.Module):
     def __call__(
         self, tokens, positions, segment_ids, levels, level_index, text, text_segment_ids, text_bias,
         *, remat: str = "none", unroll: bool = False, constrain=lambda x, tokens=True: x, attend=attention,
-        attend_text=attention,
+        attend_text=attention, route=None, route_layers: tuple[int, int] = (1, -1),
     ):  # fmt: skip
         """Predicts `velocity = noise - x0` for every token of the rows.
 
@@ -212,6 +217,8 @@ class DiT(nnx.Module):
                 input of each block), "offload" (as full, with those inputs in the memory of the host meanwhile).
             unroll: a Python loop over the layers in place of a scan: compiles in proportion to their number, and runs
                 faster on a CPU, where a scan copies what it keeps for the backward pass.
+            route: `sorax.routing.Route` of the tokens that skip some layers, in training; None: none does.
+            route_layers: the first layer that they skip and the first that they do not, as in slices.
             constrain: a sharding constraint, if any: applied to activations `[B, N, ...]`, and with tokens=False to
                 those of levels and text, `[B, S, ...]` and `[B, M, ...]`.
             attend, attend_text: attention of tokens to each other and to text, as `sorax.attention.attention`.
@@ -238,17 +245,34 @@ class DiT(nnx.Module):
         )
         graphdef, layers = nnx.split(self.blocks)
 
-        def body(x, layer):
-            x = checkpoint_name(x, BLOCK_INPUT)
-            return constrain(nnx.merge(graphdef, layer)(x, row)), None
+        def run(x, row, layers):
+            def body(x, layer):
+                x = checkpoint_name(x, BLOCK_INPUT)
+                return constrain(nnx.merge(graphdef, layer)(x, row)), None
 
-        if remat != "none":
-            body = jax.checkpoint(body, policy=_remat_policy(remat), prevent_cse=False)
-        if unroll:
-            for i in range(config.num_layers):
-                x, _ = body(x, jax.tree.map(lambda p: p[i], layers))  # noqa: B023 (used at once)
+            if remat != "none":
+                body = jax.checkpoint(body, policy=_remat_policy(remat), prevent_cse=False)
+            if unroll:
+                # Split, not sliced one by one: the gradient is one concatenation, not a sum of padded layers.
+                leaves, treedef = jax.tree.flatten(layers)
+                ones = (1,) * len(leaves[0])
+                for layer in zip(*(jax.lax.split(p, ones) for p in leaves)):
+                    x, _ = body(x, jax.tree.unflatten(treedef, [jnp.squeeze(p, 0) for p in layer]))
+                return x
+            return jax.lax.scan(body, x, layers)[0]
+
+        if route is None:
+            x = run(x, row, layers)
         else:
-            x, _ = jax.lax.scan(body, x, layers)
+            first, middle, last = (
+                jax.tree.map(lambda p: p[part], layers)  # noqa: B023 (used at once)
+                for part in (slice(0, route_layers[0]), slice(*route_layers), slice(route_layers[1], None))
+            )
+            x = run(x, row, first)
+            through = {name: jax.tree.map(lambda a: narrow(a, route), row[name])
+                       for name in ("segment_ids", "rope", "level_one_hot")}  # fmt: skip
+            x = widen(x, run(narrow(x, route), row | through, middle), route)
+            x = run(x, row, last)
 
         table = self.modulation[...].astype(jnp.float32) + time.astype(jnp.float32)[:, :, None]  # [B, S, 2, D]
         take = functools.partial(jnp.einsum, "bns,bsd->bnd", row["level_one_hot"])

@@ -5,7 +5,7 @@ import os
 from data_pipelines.latent_shards import LatentShards, is_shards, read_manifest, shards_folder
 from data_pipelines.mixture import MixtureExamples, part_sections
 from data_pipelines.sources import open_source
-from data_pipelines.text_tokens import TOKENIZER_FILE, Tokenizer
+from data_pipelines.text_tokens import Tokenizer
 from sorax import processes
 from sorax.encode import Codec, encode_source, survey
 from sorax.errors import UserError
@@ -52,24 +52,24 @@ def prepare_data(config, workdir: str, codec: Codec, vae_identity: str):
     return tokenizer, examples, val_examples
 
 
-def _encode_splits(config, codec, vae_identity, out, tokenizer_folder, *, num_shards=0, replace=False):
-    """As `prepare_data`, of videos, into the folder `out`."""
+def _encode_splits(config, codec, vae_identity, out, folder, *, num_shards=0, replace=False):
+    """As `prepare_data`, of videos, into the folder `out`; the tokenizer is kept in `folder`."""
     with processes.first_before_others("encode: data"):  # the index and the tokenizer are made once
         source = open_source(config.data, **grid(codec.config, config.model.patch_size), **_index_options(out))
         found = survey(source)
-        tokenizer = prepare_tokenizer(found.captions, config.text.vocab_size, tokenizer_folder)
+        tokenizer = prepare_tokenizer(found.captions, config.text.vocab_size, folder, config.data.get("tokenizer"))
     examples = encode_source(codec, source, tokenizer, out, "train", vae_identity, found=found, replace=replace,
                              num_shards=num_shards, origin=_origin(config.data),
                              workers=config.data.get("workers", 0))  # fmt: skip
     return tokenizer, examples, _validation(config, codec, vae_identity, tokenizer, out, out, replace=replace)
 
 
-def encode_experiment(config, vae_run: str, out: str, *, num_shards: int = 0, tokenizer_folder: str = "") -> None:
+def encode_experiment(config, vae_run: str, out: str, *, num_shards: int = 0, tokenizer: str = "") -> None:
     """Writes the latents of a DiT experiment's data to a folder, for `data.path` "shards:FOLDER" of this or another.
 
     Args:
         vae_run: where the VAE is, as `open_vae` takes it; "" for config.vae.path.
-        tokenizer_folder: holds the tokenizer.json to use; "" trains one on the captions.
+        tokenizer: in place of config.data.tokenizer.
 
     Raises:
         UserError: the data or the VAE cannot be used, or the folder holds something else.
@@ -84,10 +84,11 @@ def encode_experiment(config, vae_run: str, out: str, *, num_shards: int = 0, to
     if not vae_run:
         raise UserError("no VAE to encode with: name its run with --vae or config.vae.path")
     vae_config, vae_params, vae_identity = open_vae(vae_run)
-    if tokenizer_folder and not os.path.exists(os.path.join(tokenizer_folder, TOKENIZER_FILE)):
-        raise UserError(f"{tokenizer_folder} has no {TOKENIZER_FILE}: name a run or latent shards")
-    _encode_splits(config, Codec(vae_config, vae_params), vae_identity, out, tokenizer_folder or out,
-                   num_shards=num_shards)  # fmt: skip
+    if tokenizer:
+        config = config.copy_and_resolve_references()
+        with config.data.unlocked():
+            config.data.tokenizer = tokenizer
+    _encode_splits(config, Codec(vae_config, vae_params), vae_identity, out, out, num_shards=num_shards)
 
 
 def grid(vae_config, patch_size) -> dict:
@@ -112,15 +113,30 @@ def held_out_source(data, split: str = "test", **overrides):
     return open_source(data, split=split, **overrides)
 
 
-def prepare_tokenizer(captions, vocab_size: int, folder: str) -> Tokenizer:
-    """The tokenizer of a folder, of at most vocab_size tokens; trained on captions if none is there.
+def prepare_tokenizer(captions, vocab_size: int, folder: str, wanted: str = "") -> Tokenizer:
+    """The tokenizer of a folder, of at most vocab_size tokens; made and saved if none is there.
 
-    Raises UserError where the file is broken or has more tokens, or where vocab_size is too small to train one.
+    Args:
+        captions: to train one on.
+        wanted: `config.data.tokenizer`: "" trains one, "bytes" is ByT5's, else a folder that holds one.
+
+    Raises:
+        UserError: a file is broken or has more tokens, the folder has another tokenizer than the wanted one, or
+            vocab_size is too small to train one.
     """
-    if os.path.exists(os.path.join(folder, TOKENIZER_FILE)):
-        return Tokenizer.load(folder, vocab_size)
-    tokenizer = Tokenizer.train(captions, vocab_size)
-    if processes.is_first():
+    known = Tokenizer.is_in(folder)
+    if wanted == "bytes":
+        tokenizer = Tokenizer.of_bytes()
+        if tokenizer.vocab_size > vocab_size:
+            raise UserError(f"the tokenizer of bytes has {tokenizer.vocab_size} tokens, but config.text.vocab_size is "
+                            f"{vocab_size}: set it to at least that")  # fmt: skip
+    elif wanted:
+        tokenizer = Tokenizer.load(wanted, vocab_size)
+    else:
+        tokenizer = Tokenizer.load(folder, vocab_size) if known else Tokenizer.train(captions, vocab_size)
+    if known and tokenizer.identity != Tokenizer.load(folder).identity:
+        raise UserError(f"{folder} has another tokenizer than config.data.tokenizer {wanted!r}: use another folder")
+    if not known and processes.is_first():
         tokenizer.save(folder)
     return tokenizer
 
@@ -192,9 +208,9 @@ def _tokenizer_of_shards(folder, workdir, vocab_size):
     if not os.path.isdir(folder):
         raise UserError(f"no folder {folder} of latents: name one that `sorax encode --out` wrote")
     tokenizer = Tokenizer.load(folder, vocab_size)
-    if os.path.exists(os.path.join(workdir, TOKENIZER_FILE)):
+    if Tokenizer.is_in(workdir):
         if Tokenizer.load(workdir).identity != tokenizer.identity:
-            raise UserError(f"{workdir} has another {TOKENIZER_FILE} than the latents in {folder}: use another workdir")
+            raise UserError(f"{workdir} has another {tokenizer.file} than the latents in {folder}: use another workdir")
     elif processes.is_first():
         tokenizer.save(workdir)
     return tokenizer

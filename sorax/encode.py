@@ -17,16 +17,23 @@ from data_pipelines import latent_writer
 from data_pipelines.latent_shards import LatentShards
 from data_pipelines.read_ahead import read_ahead
 from data_pipelines.text_tokens import MAX_TOKENS, Tokenizer
-from sorax import processes, sharding, stream
+from sorax import functional, processes, sharding, stream
 from sorax.errors import UserError
 from sorax.runlog import Progress
-from sorax.vae import VAEConfig
+from sorax.vae import VAE, VAEConfig
 
 ENCODE, DECODE = 0, 1  # which of `stream.programs`
 PIXELS_A_BATCH = 1 << 19  # of a device: bounds the memory of encoding and decoding
 CLIPS_A_BATCH = 16  # of a device, when shards are written: more are no faster, and leave more of the last batch empty
 READ_AHEAD_BYTES = 256 << 20  # of videos decoded before they are encoded
 MAX_CAPTIONS = 100_000  # that a survey keeps, for a tokenizer to be trained on
+
+
+def chunk_frames(config: VAEConfig, shape, together: int = 1) -> int:
+    """Frames of a chunk behind the first one, of videos `[T, H, W]` that so many devices share."""
+    T, H, W = shape
+    stride, fit = config.temporal_stride, PIXELS_A_BATCH * together // (H * W)
+    return T - 1 if fit >= T else max(stride, fit // stride * stride)
 
 
 class Codec:
@@ -52,11 +59,17 @@ class Codec:
     ):
         stride = config.spatial_stride
         overlap = tile // 4 // stride * stride if overlap is None else overlap
+        if overlap and not tile:
+            raise UserError(f"an overlap of {overlap} pixels without tiles: set tile to their side too")
         if tile < 0 or tile % stride or overlap % stride or not 0 <= overlap < max(tile, 1):
             raise UserError(f"tiles of {tile} pixels with an overlap of {overlap}: use multiples of {stride}, the "
                             "overlap smaller than the tile")  # fmt: skip
         if mesh is not None and any(device.process_index != jax.process_index() for device in mesh.devices.flat):
             raise UserError("a codec's mesh has devices of other processes: make one of jax.local_devices()")
+        wanted = jax.tree.map(lambda x: x.shape, functional.abstract(VAE, config)[1])
+        if jax.tree.map(np.shape, params) != wanted:
+            raise UserError("the parameters are not those of a VAE of this config: take both from one place, such as "
+                            "sorax.runs.open_vae(folder)")  # fmt: skip
         self.config, self.mesh = config, mesh
         self.params = jax.device_put(params, None if mesh is None else sharding.replicated(mesh))
         self._tile, self._overlap = tile // stride, overlap // stride
@@ -125,9 +138,8 @@ class Codec:
         """
         T, H, W = self._video_shape(way, batch.shape[1:4])
         t, h, w = self.config.latent_shape(T, H, W)
-        stride, fit = self.config.temporal_stride, PIXELS_A_BATCH * self._together // (H * W)
-        later = T - 1 if fit >= T else max(stride, fit // stride * stride)  # frames of a chunk, behind the first
-        later = later if way == ENCODE else later // stride
+        later = chunk_frames(self.config, (T, H, W), self._together)
+        later = later if way == ENCODE else later // self.config.temporal_stride
         place = None if self.mesh is None else sharding.video_sharding(self.mesh, h, w)
         put = np.asarray if place is None else functools.partial(jax.device_put, device=place)
         program = stream.programs(self.config, place)[way]

@@ -29,7 +29,7 @@ from sorax.evaluate_vae import summary_lines as vae_lines
 from sorax.generate import Request
 from sorax.held_out import SPLITS, load_splits
 from sorax.metrics import judge, summarise
-from sorax.objectives import EvalConfig, FlowConfig
+from sorax.objectives import EvalConfig
 from sorax.runlog import Progress
 from sorax.runs import Run, kind_of, load_run
 from sorax.score_report import header, make_folder, number, write_scores, writing
@@ -81,12 +81,8 @@ def evaluate_run(
         UserError: the folder of videos is missing or empty, or `out` cannot be written.
     """
     settings = config_lib.build(EvalConfig, run.config.eval, "eval")
-    shift = config_lib.build(FlowConfig, run.config.flow, "flow").sample_shift
-    sampling = dict(
-        num_steps=settings.num_steps if num_steps is None else num_steps,
-        guidance_scale=settings.guidance_scale if guidance_scale is None else guidance_scale,
-        shift=shift,
-    )
+    given = dict(num_steps=num_steps, guidance_scale=guidance_scale)
+    sampling = run.sampling() | {name: value for name, value in given.items() if value is not None}
     n = settings.num_clips if num_clips is None else num_clips
     networks, generator = run.networks, run.generator()
     codec = generator.codec
@@ -219,7 +215,7 @@ def markdown(scores: dict) -> str:
     if "speed" in scores:
         how = scores["sampling"]
         lines += [f"Sampling: {how['num_steps']} steps, guidance {how['guidance_scale']:g}, shift {how['shift']:g}, "
-                  f"seeds from {how['seed']}. {_speed_line(scores['speed'])}.", ""]  # fmt: skip
+                  f"{how['solver']}, seeds from {how['seed']}. {_speed_line(scores['speed'])}.", ""]  # fmt: skip
     data = ", ".join(f"{entry['data']} ({name})" for name, entry in scores["splits"].items())
     lines.append(f"sorax {scores['code_version']}, config {scores['config']}, data {data}.")
     return "\n".join(lines) + "\n"

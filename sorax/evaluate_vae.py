@@ -215,7 +215,7 @@ def _score_split(codec, split, name, out, distance, most, progress):
             statistics.add(posterior)
             found.setdefault(shape, []).append(clip_scores(sample["video"], copy, distance))
             if i in shown:
-                pair = np.concatenate([sample["video"], copy], axis=2)
+                pair = media.side_by_side(sample["video"], copy)
                 suffix = "mp4" if len(pair) > 1 else "png"
                 file = os.path.join(out, "reconstructions", f"{name}-{len(pairs):03d}.{suffix}")
                 media.write_video(file, pair, sample["fps"])

@@ -5,7 +5,6 @@ A folder is written under a temporary name beside its final one and renamed when
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -14,27 +13,30 @@ import shutil
 import tempfile
 
 import jax
-import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
-from data_pipelines.text_tokens import MARKS, MAX_TOKENS, Tokenizer
+from data_pipelines.text_tokens import (
+    BYTE_SENTINELS,
+    MARKS,
+    MAX_TOKENS,
+    SENTENCEPIECE_FILE,
+    TOKENIZER_FILE,
+    Tokenizer,
+)
 from sorax import convert
 from sorax.convert import Networks
 from sorax.dit import DiTConfig
 from sorax.errors import UserError
+from sorax.export_weights import MAX_SHARD_BYTES, write_json, write_model
 from sorax.sharding import path_string
 from sorax.text import TextConfig
 from sorax.vae import VAEConfig
 
-DTYPES = {"f32": np.dtype(np.float32), "bf16": np.dtype(ml_dtypes.bfloat16)}
-MAX_SHARD_BYTES = 5 * 10**9
 DIFFUSERS_VERSION = "0.35.0"  # the oldest that the folder is meant for
 
 
 def export_diffusers(
-    networks: Networks, tokenizer: Tokenizer, out_dir, *, shift: float, dtype: str = "f32",
+    networks: Networks, tokenizer: Tokenizer, out_dir, *, shift: float, solver: str = "euler", dtype: str = "auto",
     metadata: dict | None = None, expand_timesteps: bool = False, max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> pathlib.Path:  # fmt: skip
     """Writes a folder that `diffusers.WanPipeline.from_pretrained` loads.
@@ -45,8 +47,8 @@ def export_diffusers(
         networks: configs and parameters.
         tokenizer: of the captions that the text encoder reads.
         out_dir: a new or empty folder.
-        shift: of the sampling schedule.
-        dtype: "f32" or "bf16", of the weights.
+        shift, solver: of sampling, see `sorax.sampler.make_solver`.
+        dtype: "f32" or "bf16", of the weights; "auto": as they were read from a file, f32 where they were trained.
         metadata: for the model card and provenance.json, all optional: name, license, step, weights ("ema", "raw"),
             config (the experiment's), data (a sentence), scores (flat dict), hardware, and sample: a dict of prompt,
             height, width, num_frames, fps, num_steps, guidance_scale that is a good first call.
@@ -78,16 +80,16 @@ def export_diffusers(
             ),
         }  # fmt: skip
         tokenizer.save(folder / "tokenizer")
-        _write_json(folder / "tokenizer" / "tokenizer_config.json", tokenizer_json())
-        _write_json(folder / "scheduler" / "scheduler_config.json", scheduler_json(shift))
-        _write_json(folder / "model_index.json", index_json(networks.text_config, expand_timesteps))
+        write_json(folder / "tokenizer" / "tokenizer_config.json", tokenizer_json(tokenizer))
+        write_json(folder / "scheduler" / "scheduler_config.json", scheduler_json(solver, shift))
+        write_json(folder / "model_index.json", index_json(networks.text_config, tokenizer, solver, expand_timesteps))
         write_provenance(folder, metadata, "diffusers", dtype, tensors)
         (folder / "README.md").write_text(model_card(networks, metadata, "diffusers", dtype, out_dir))
     return pathlib.Path(out_dir)
 
 
 def export_safetensors(
-    networks: Networks, tokenizer: Tokenizer, out_dir, *, shift: float, dtype: str = "f32",
+    networks: Networks, tokenizer: Tokenizer, out_dir, *, shift: float, solver: str = "euler", dtype: str = "auto",
     metadata: dict | None = None, max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> pathlib.Path:  # fmt: skip
     """Writes our own parameter names (paths with slashes, layers stacked): vae/, dit/, text/, each with config.json.
@@ -102,7 +104,8 @@ def export_safetensors(
             names, settings = own_names(params), dataclasses.asdict(config)
             tensors[part] = write_model(folder / part, part, names, params, settings, dtype, max_shard_bytes)
         tokenizer.save(folder)
-        _write_json(folder / "config.json", {"format": "sorax", "shift": shift, "code_version": code_version()})
+        how = {"shift": shift, "solver": solver}
+        write_json(folder / "config.json", {"format": "sorax", "code_version": code_version()} | how)
         write_provenance(folder, metadata, "safetensors", dtype, tensors)
         (folder / "README.md").write_text(model_card(networks, metadata, "safetensors", dtype, out_dir))
     return pathlib.Path(out_dir)
@@ -136,7 +139,8 @@ def vae_problems(config: VAEConfig) -> list[str]:
 
 def own_names(params) -> list[convert.Name]:
     """The name table of our own format: every parameter under its path, as it is."""
-    return [convert.Name(path, path) for path in sorted(_leaves(params))]
+    paths = [path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    return [convert.Name(path, path) for path in sorted(paths)]
 
 
 def vae_json(config: VAEConfig, params) -> dict:
@@ -176,35 +180,41 @@ def text_json(config: TextConfig) -> dict:
     }  # fmt: skip
 
 
-def tokenizer_json() -> dict:
-    """tokenizer_config.json of `PreTrainedTokenizerFast`, which reads tokenizer.json beside it."""
+def tokenizer_json(tokenizer: Tokenizer) -> dict:
+    """tokenizer_config.json, from which transformers makes the tokenizer, with its file beside it."""
     pad, eos, unk = MARKS
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": pad, "eos_token": eos, "unk_token": unk,
+    common = {
+        "tokenizer_class": tokenizer.hugging_face, "pad_token": pad, "eos_token": eos, "unk_token": unk,
         "model_max_length": MAX_TOKENS, "padding_side": "right", "clean_up_tokenization_spaces": False,
-        # transformers 4 would else switch it off in the tokenizer.json it reads.
-        "add_prefix_space": True,
         # A caption that spells "</s>" is a caption, not an instruction to the tokenizer.
         "split_special_tokens": True,
     }  # fmt: skip
+    if tokenizer.file == TOKENIZER_FILE:
+        # transformers 4 would else switch it off in the tokenizer.json it reads.
+        return common | {"add_prefix_space": True}
+    return common | {"extra_ids": 0 if tokenizer.file == SENTENCEPIECE_FILE else BYTE_SENTINELS}
 
 
-def scheduler_json(shift: float) -> dict:
-    """scheduler_config.json of `FlowMatchEulerDiscreteScheduler`."""
+def scheduler_json(solver: str, shift: float) -> dict:
+    """scheduler_config.json of the scheduler that is this solver."""
+    multistep = {
+        "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": float(shift), "solver_order": 2,
+        "use_dynamic_shifting": False,
+    }  # fmt: skip
     return {
-        "_class_name": "FlowMatchEulerDiscreteScheduler", "_diffusers_version": DIFFUSERS_VERSION,
-        "num_train_timesteps": 1000, "shift": float(shift), "use_dynamic_shifting": False,
+        "_class_name": convert.SCHEDULERS[solver], "_diffusers_version": DIFFUSERS_VERSION, "num_train_timesteps": 1000,
+        **({"shift": float(shift), "use_dynamic_shifting": False} if solver == "euler" else multistep),
     }  # fmt: skip
 
 
-def index_json(text_config: TextConfig, expand_timesteps: bool) -> dict:
+def index_json(text_config: TextConfig, tokenizer: Tokenizer, solver: str, expand_timesteps: bool) -> dict:
     """model_index.json of `WanPipeline`."""
     return {
         "_class_name": "WanPipeline", "_diffusers_version": DIFFUSERS_VERSION,
         "boundary_ratio": None, "expand_timesteps": expand_timesteps,
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "scheduler": ["diffusers", convert.SCHEDULERS[solver]],
         "text_encoder": ["transformers", _text_class(text_config)],
-        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+        "tokenizer": ["transformers", tokenizer.hugging_face],
         "transformer": ["diffusers", "WanTransformer3DModel"], "transformer_2": [None, None],
         "vae": ["diffusers", "AutoencoderKLWan"],
     }  # fmt: skip
@@ -308,60 +318,10 @@ def _text_class(config: TextConfig) -> str:
     return "T5EncoderModel" if config.shared_bias else "UMT5EncoderModel"
 
 
-def _leaves(params) -> dict:
-    return {path_string(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-
-
-# The layer is an argument of the compiled function, so that all layers of a parameter share one.
-_layer = jax.jit(lambda x, i: jax.lax.dynamic_index_in_dim(x, i, keepdims=False))
-
-
-def _value(name: convert.Name, leaf, dtype) -> np.ndarray:
-    if name.layer is not None:
-        leaf = leaf[name.layer] if isinstance(leaf, np.ndarray) else _layer(leaf, name.layer)
-    value = np.asarray(leaf)
-    if not np.isfinite(value.astype(np.float32)).all():
-        raise UserError(f"parameter {name.ours} holds NaN or infinite values: export an earlier checkpoint")
-    return np.ascontiguousarray(name.to_theirs(value)).astype(dtype)
-
-
-def write_model(folder, stem, names, params, config, dtype, max_shard_bytes) -> dict[str, str]:
-    """Writes config.json and weights, sharded if large. Returns the sha256 of every tensor's bytes."""
-    if dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    leaves, dtype = _leaves(params), DTYPES[dtype]
-    sizes = {n.theirs: int(np.prod(n.shape(leaves), dtype=np.int64)) * dtype.itemsize for n in names}
-    shards, filled = [[]], 0
-    for name in names:
-        if shards[-1] and filled + sizes[name.theirs] > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += sizes[name.theirs]
-
-    _write_json(folder / "config.json", config)
-    hashes, weight_map = {}, {}
-    for i, shard in enumerate(shards, start=1):
-        file = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
-        values = {name.theirs: _value(name, leaves[name.ours], dtype) for name in shard}
-        save_file(values, folder / file, metadata={"format": "pt"})
-        hashes |= {key: hashlib.sha256(value.tobytes()).hexdigest() for key, value in values.items()}
-        weight_map |= dict.fromkeys(values, file)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        _write_json(folder / f"{stem}.safetensors.index.json", index)
-    return hashes
-
-
 def write_provenance(folder, metadata, fmt, dtype, tensors):
     """Writes provenance.json: the metadata, and the hash of every tensor, network by network."""
     record = {"code_version": code_version(), "format": fmt, "dtype": dtype, **metadata, "sha256": tensors}
-    _write_json(folder / "provenance.json", record)
-
-
-def _write_json(path, value):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2, default=str) + "\n")
+    write_json(folder / "provenance.json", record)
 
 
 @contextlib.contextmanager
@@ -377,7 +337,7 @@ def new_folder(out_dir):
         temporary.chmod(0o777 & ~_umask())
         yield temporary
         os.replace(temporary, out)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{out_dir} cannot be written ({reason}): free space or name another folder") from error
     finally:

@@ -7,8 +7,9 @@ import pathlib
 from sorax import config as config_lib
 from sorax import convert, export
 from sorax.errors import UserError
+from sorax.export_weights import MAX_SHARD_BYTES, write_model
 from sorax.functional import count
-from sorax.runs import kind_of, open_vae, report_splits
+from sorax.runs import kind_of, open_vae, report_splits, stored_vae
 from sorax.vae import VAEConfig
 
 SCORES = (("psnr", "PSNR in dB", ".2f"), ("ssim", "SSIM", ".4f"), ("lpips", "LPIPS", ".4f"),
@@ -56,21 +57,22 @@ USE_SAFETENSORS = """The tensors of `vae.safetensors` carry sorax's own paramete
 holds the hyper-parameters."""
 
 
-def export_vae_folder(path: str, out_dir, *, form: str = "diffusers", dtype: str = "f32") -> pathlib.Path:
-    """Exports the VAE that a folder holds, a finished run or what else `open_vae` takes; see `export_vae`."""
-    vae_config, params, identity = open_vae(path)
+def export_vae_folder(path: str, out_dir, **settings) -> pathlib.Path:
+    """Exports the VAE that a folder holds, a finished run or what else `open_vae` takes; settings as `export_vae`'s."""
+    identity = open_vae(path)[2]
+    vae_config, params = stored_vae(path)
     metadata = dict(name=os.path.basename(os.path.abspath(path)), identity=identity)
     if kind_of(path) == "vae":
         config = config_lib.read_config(path)
         step = config.train.steps
         metadata |= dict(step=step, weights="ema", config=config.to_dict(), data=f"data.path = {config.data.path!r}",
                          scores=_scores(path, step))  # fmt: skip
-    return export_vae(vae_config, params, out_dir, form=form, dtype=dtype, metadata=metadata)
+    return export_vae(vae_config, params, out_dir, metadata=metadata, **settings)
 
 
 def export_vae(
-    config: VAEConfig, params, out_dir, *, form: str = "diffusers", dtype: str = "f32", metadata: dict | None = None,
-    max_shard_bytes: int = export.MAX_SHARD_BYTES,
+    config: VAEConfig, params, out_dir, *, form: str = "diffusers", dtype: str = "auto", metadata: dict | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> pathlib.Path:  # fmt: skip
     """Writes config.json, weights, provenance.json and a model card of a VAE.
 
@@ -78,7 +80,7 @@ def export_vae(
         out_dir: a new or empty folder.
         form: "diffusers" for a folder that `AutoencoderKLWan.from_pretrained` and `open_vae` load, "safetensors" for
             our own parameter names.
-        dtype: "f32" or "bf16", of the weights.
+        dtype: "f32" or "bf16", of the weights; "auto": as they were read from a file, f32 where they were trained.
         metadata: for the model card and provenance.json, all optional: name, license, step, config, data (a sentence),
             scores (flat dict).
         max_shard_bytes: weights are split into files of at most this size.
@@ -91,6 +93,9 @@ def export_vae(
             architecture has no form in diffusers.
     """
     metadata = dict(metadata or {})
+    if form == "comfyui":
+        raise UserError("of a VAE alone there is no ComfyUI form: export the run of a text-to-video model, or the VAE "
+                        "with --format diffusers")  # fmt: skip
     if form == "diffusers":
         if problems := export.vae_problems(config):
             raise UserError(f"diffusers' AutoencoderKLWan has no form for {'; nor for '.join(problems)}: export with "
@@ -99,7 +104,7 @@ def export_vae(
     else:
         layout = "vae", export.own_names(params), params, dataclasses.asdict(config)
     with export.new_folder(out_dir) as folder:
-        tensors = {"vae": export.write_model(folder, *layout, dtype, max_shard_bytes)}
+        tensors = {"vae": write_model(folder, *layout, dtype, max_shard_bytes)}
         export.write_provenance(folder, metadata, form, dtype, tensors)
         (folder / "README.md").write_text(model_card(config, params, metadata, form, dtype, out_dir))
     return pathlib.Path(out_dir)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 GIVEN_MODES = ("none", "first", "last", "both", "first_k")
+SIGMA_KINDS = ("logit_normal", "uniform", "mode")
 
 
 def add_noise(x0, noise, sigma):
@@ -42,9 +43,32 @@ def unshift_sigma(sigma, shift):
     return sigma / (shift - (shift - 1) * sigma)
 
 
-def draw_sigma(key, shape, *, mean=0.0, std=1.0, shift=1.0):
-    """Training noise levels: sigmoid of a normal draw (logit-normal, Esser et al. 2024), then shifted."""
-    return shift_sigma(jax.nn.sigmoid(mean + std * jax.random.normal(key, shape)), shift)
+def shift_for_length(segment_ids, num_samples: int, shift: float, base_tokens: int):
+    """Shift `[B, S]` of each sample by its number of tokens n: shift * sqrt(n / base_tokens).
+
+    More tokens of one scene need more noise to hide it (Esser et al. 2024, eq. 23).
+    segment_ids: `[B, N]` int in 0..num_samples.
+    """
+    counts = jnp.sum(segment_ids[:, :, None] == jnp.arange(1, num_samples + 1), axis=1)
+    return shift * jnp.sqrt(jnp.maximum(counts, 1) / base_tokens)
+
+
+def draw_sigma(key, shape, *, kind="logit_normal", mean=0.0, std=1.0, mode_scale=1.29, shift=1.0):
+    """Training noise levels (Esser et al. 2024, section 3.1), then shifted.
+
+    Args:
+        kind: "logit_normal", sigmoid of a normal draw with mean and std; "uniform"; or "mode", which prefers the
+            middle (or, below 0, the ends) by mode_scale in [-1, 1.75].
+        shift: a number, or an array that broadcasts to `shape`.
+    """
+    if kind == "logit_normal":
+        sigma = jax.nn.sigmoid(mean + std * jax.random.normal(key, shape))
+    elif kind in SIGMA_KINDS:
+        u = jax.random.uniform(key, shape)
+        sigma = u if kind == "uniform" else 1 - u - mode_scale * (jnp.cos(jnp.pi / 2 * u) ** 2 - 1 + u)
+    else:
+        raise ValueError(f"noise levels of kind {kind!r}: use one of {', '.join(SIGMA_KINDS)}")
+    return shift_sigma(sigma, shift)
 
 
 def draw_given(key, positions, segment_ids, num_samples: int, probabilities):

@@ -1,6 +1,7 @@
 """Prompts to videos: requests of any size packed in rows, denoised together, decoded."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -16,8 +17,8 @@ from sorax.attention import attention
 from sorax.dit import DiT, DiTConfig
 from sorax.encode import Codec
 from sorax.errors import UserError
-from sorax.patchify import num_tokens, unpatchify
-from sorax.sampler import euler, guide, sigma_schedule
+from sorax.patchify import num_tokens, patchify, unpatchify
+from sorax.sampler import guide, integrate, make_solver
 from sorax.text import PAD_ID, TextConfig, TextEncoder, slot_bias
 
 ROW_TOKENS = 512  # rows are this long, or as long as the longest request
@@ -26,7 +27,12 @@ ROWS_A_BATCH = 16
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One video to make. `noise`, if given, is the start: float `[t, h, w, C]`, in the normalised latent space."""
+    """One video to make.
+
+    noise: where it starts: float `[t, h, w, C]`, in the normalised latent space; None: drawn from the seed.
+    given: what of it is given rather than generated: bool `[t, h, w]`, the same within a patch, and the latents
+        `[t, h, w, C]` that it shows there (any finite value elsewhere). See `given_frames`.
+    """
 
     prompt: str
     num_frames: int
@@ -35,6 +41,32 @@ class Request:
     seed: int = 0
     negative_prompt: str = ""
     noise: np.ndarray | None = None
+    given: tuple[np.ndarray, np.ndarray] | None = None
+
+
+def given_frames(codec: Codec, pieces: dict[int, np.ndarray], num_frames: int, height: int, width: int):
+    """`Request.given` of pieces of video, each encoded by itself, such as a first frame.
+
+    Args:
+        pieces: latent frame at which a piece begins -> uint8 `[T, H, W, 3]`, T = 4n + 1 (for a temporal stride of 4).
+        num_frames, height, width: of the request.
+
+    Raises:
+        UserError: a piece of another size, or one that does not fit in time or overlaps another.
+    """
+    shape = codec.config.latent_shape(num_frames, height, width)
+    mask, latents = np.zeros(shape, bool), np.zeros((*shape, codec.config.latent_channels), np.float32)
+    for start, piece in pieces.items():
+        if piece.shape[1:3] != (height, width):
+            raise UserError(f"what is given has {piece.shape[2]}x{piece.shape[1]} pixels, the video {width}x{height}: "
+                            "scale it to that")  # fmt: skip
+        made = codec.encode([piece])[0]
+        end = start + len(made)
+        if start < 0 or end > shape[0] or mask[start:end].any():
+            raise UserError(f"what is given fills latent frames {start} to {end - 1} of {shape[0]}, which are not "
+                            "there or given twice")  # fmt: skip
+        mask[start:end], latents[start:end] = True, made
+    return mask, latents
 
 
 def legal_shape(vae, patch_size, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
@@ -72,35 +104,37 @@ class Generator:
                  mesh: Mesh | None = None):  # fmt: skip
         self.dit_config, self.tokenizer, self.codec = dit_config, tokenizer, codec
         self.params = dict(dit=dit, text=text)
-        self.dit_graph, _ = functional.abstract(DiT, dit_config)
-        self.text_graph, _ = functional.abstract(TextEncoder, text_config)
-        self.mesh, self._options, place = mesh, {}, None
+        networks = functional.abstract(DiT, dit_config)[0], functional.abstract(TextEncoder, text_config)[0]
+        self.mesh, options, place = mesh, {}, None
         if mesh is not None:
             attend, attend_text = sharding.attention_on(mesh, attention)
-            self._options = dict(constrain=sharding.activation_constraint(mesh), attend=attend, attend_text=attend_text)
+            options = dict(constrain=sharding.activation_constraint(mesh), attend=attend, attend_text=attend_text)
             place = sharding.replicated(mesh)
-        self._sample = jax.jit(self._sample_rows, static_argnames=("num_samples", "guided"), out_shardings=place)
+        self._sample = jax.jit(functools.partial(sample_rows, networks, **options), out_shardings=place,
+                               static_argnames=("num_samples", "guided"))  # fmt: skip
 
     def videos(self, requests, **settings) -> list[np.ndarray]:
         """Videos uint8 `[T, H, W, 3]` of requests; settings as `latents` takes them."""
         return self.codec.decode(self.latents(requests, **settings))
 
     def latents(self, requests, *, num_steps: int, guidance_scale: float = 1.0, shift: float = 3.0,
-                on_batch=lambda done: None) -> list[np.ndarray]:  # fmt: skip
+                solver: str = "euler", on_batch=lambda done: None) -> list[np.ndarray]:  # fmt: skip
         """Final normalised latents `[t, h, w, C]` of requests.
 
         A request's result depends on its own prompt, shape and seed alone, not on what it is packed with.
 
         Args:
             requests: list of `Request`, of legal shapes (`legal_shape`).
-            num_steps: Euler steps. guidance_scale: 1 is off. shift: of the noise schedule.
+            num_steps: of the solver. guidance_scale: 1 is off. shift: of the noise schedule. solver: see `make_solver`.
             on_batch: called with the number of finished requests.
 
         Raises:
             UserError: a prompt that is too long, noise of the wrong shape, or settings out of range.
         """
-        if num_steps < 1:
-            raise UserError(f"sampling takes at least 1 step, got {num_steps}")
+        try:
+            solver = make_solver(solver, num_steps, shift)
+        except ValueError as error:
+            raise UserError(f"sampling: {error}") from error
         if not requests:
             return []
         noises = [self._noise(request) for request in requests]
@@ -109,7 +143,11 @@ class Generator:
         guided = guidance_scale != 1.0
         lengths = [max(len(p), len(n) if guided else 0) for p, n in zip(prompts, negatives)]
         rows, negative_rows = (self._rows(noises, tokens, lengths) for tokens in (prompts, negatives))
-        sigmas = sigma_schedule(num_steps, shift)
+        extra = {}
+        if any(request.given for request in requests):
+            given = [self._given(request, noise) for request, noise in zip(requests, noises)]
+            masks, clean = zip(*given)
+            extra = dict(given=self._rows(masks, prompts, lengths), clean=self._rows(clean, prompts, lengths))
 
         results, count = [None] * len(requests), len(rows.plan(0))
         parts = 1 if self.mesh is None else sharding.batch_parts(self.mesh)
@@ -118,10 +156,11 @@ class Generator:
             indices = [min(i, count - 1) for i in range(start, start + size)]  # the last batch repeats its last row
             batch = _stack([rows[i] for i in indices])
             negative = _stack([negative_rows[i] for i in indices])["text_tokens"]
+            batch |= {name: _stack([source[i] for i in indices])["tokens"] for name, source in extra.items()}
             if self.mesh is not None:
                 batch, negative = sharding.put_rows((batch, negative), self.mesh)
             num_samples = max(len(row) for row in (rows.samples(i) for i in range(count)))
-            final = np.asarray(self._sample(self.params, batch, negative, sigmas, guidance_scale,
+            final = np.asarray(self._sample(self.params, batch, negative, solver, guidance_scale,
                                             num_samples=num_samples, guided=guided))  # fmt: skip
             for row, i in zip(final, indices):
                 offset = 0
@@ -143,6 +182,23 @@ class Generator:
                             f"{request.width}x{request.height} need {shape} (t, h, w, C)")  # fmt: skip
         return np.asarray(request.noise, np.float32)
 
+    def _given(self, request, noise):
+        """(1 where given, else 0; given latents), both `[t, h, w, C]`."""
+        if request.given is None:
+            return np.zeros_like(noise), np.zeros_like(noise)
+        mask, latents = (np.asarray(x) for x in request.given)
+        if mask.shape != noise.shape[:3] or latents.shape != noise.shape:
+            raise UserError(f"what is given has shapes {mask.shape} and {latents.shape}, the video's latents "
+                            f"{noise.shape}: make the mask [t, h, w] and the latents [t, h, w, C] of that")  # fmt: skip
+        if not np.isfinite(latents[mask]).all():
+            raise UserError("what is given holds NaN or infinite values")
+        patches = patchify(mask[..., None], self.dit_config.patch_size)
+        if not (patches.all(-1) | ~patches.any(-1)).all():
+            raise UserError(f"a patch of {self.dit_config.patch_size} is given in part: round the mask to whole "
+                            "patches")  # fmt: skip
+        wide = np.broadcast_to(mask[..., None], noise.shape).astype(np.float32)
+        return wide, np.where(mask[..., None], latents, 0).astype(np.float32)
+
     def _rows(self, noises, tokens, lengths):
         patch_size = self.dit_config.patch_size
         counts = [num_tokens(noise.shape[:3], patch_size) for noise in noises]
@@ -154,23 +210,40 @@ class Generator:
         return RowSource(_RequestExamples(noises, tokens, lengths), row_tokens=row_tokens, row_text=row_text,
                          batch_size=1, seed=0, patch_size=patch_size)  # fmt: skip
 
-    def _sample_rows(self, params, rows, negative_tokens, sigmas, guidance_scale, *, num_samples, guided):
-        dit, encoder = nnx.merge(self.dit_graph, params["dit"]), nnx.merge(self.text_graph, params["text"])
-        # Both branches of guidance are rows of one batch: the second half has the negative prompts.
-        branches = [rows["text_tokens"], negative_tokens] if guided else [rows["text_tokens"]]
-        text_tokens = jnp.concatenate(branches)
-        double = lambda x: jnp.concatenate([x] * len(branches))  # noqa: E731
-        ids, text_ids, positions = (double(rows[k]) for k in ("segment_ids", "text_segment_ids", "positions"))
-        text = encoder(text_tokens, text_ids)
-        bias = slot_bias(text_tokens, text_ids, num_samples)
 
-        def velocity(x, sigma):
-            levels = jnp.full((ids.shape[0], 1), sigma)
-            level_index = jnp.zeros(ids.shape, jnp.int32)
-            v = dit(double(x), positions, ids, levels, level_index, text, text_ids, bias, **self._options)
-            return guide(*jnp.split(v, 2), guidance_scale) if guided else v
+def sample_rows(networks, params, rows, negative_tokens, solver, guidance_scale, *, num_samples, guided, **run_options):
+    """Packed rows `[B, N, P]` denoised over the noise levels of a solver; the networks run in their parameters' dtype.
 
-        return euler(velocity, rows["tokens"], sigmas)
+    Args:
+        networks: graph definitions of the DiT and the text encoder. params: dict(dit=, text=).
+        rows: batch of packed rows (`data_pipelines.rows`) whose tokens are noise; where something is given, also
+            `given` and `clean`, `[B, N, P]`: 1 at what is given, and what is there. Given tokens have the clean level.
+        negative_tokens: `[B, M]` int, what guidance leads away from, packed as the captions are.
+        num_samples: most samples of a row. guided: whether there is guidance. run_options: of `DiT.__call__`.
+    """
+    dit, encoder = (nnx.merge(graph, params[name]) for graph, name in zip(networks, ("dit", "text")))
+    dtype = params["dit"]["patch_embed"]["kernel"].dtype
+    # Both branches of guidance are rows of one batch: the second half has the negative prompts.
+    branches = [rows["text_tokens"], negative_tokens] if guided else [rows["text_tokens"]]
+    text_tokens = jnp.concatenate(branches)
+    double = lambda x: jnp.concatenate([x] * len(branches))  # noqa: E731
+    ids, text_ids, positions = (double(rows[k]) for k in ("segment_ids", "text_segment_ids", "positions"))
+    text = encoder(text_tokens, text_ids)
+    bias = slot_bias(text_tokens, text_ids, num_samples)
+
+    given = rows["given"] != 0 if "given" in rows else None
+    level_index = jnp.zeros(ids.shape, jnp.int32) if given is None else double(given[..., 0]).astype(jnp.int32)
+
+    def put(x):
+        return x if given is None else jnp.where(given, rows["clean"], x)
+
+    def velocity(x, sigma):
+        levels = jnp.broadcast_to(jnp.stack([sigma, 0 * sigma]), (ids.shape[0], 2))  # as noisy as x, and clean
+        x = put(x)
+        v = dit(double(x).astype(dtype), positions, ids, levels, level_index, text, text_ids, bias, **run_options)
+        return guide(*jnp.split(v, 2), guidance_scale) if guided else v
+
+    return put(integrate(velocity, rows["tokens"], solver))
 
 
 def _round_up(n, multiple):

@@ -133,6 +133,18 @@ def contact_sheet(
     return np.asarray(sheet)
 
 
+def write_array(path: str | os.PathLike, arrays):
+    """Writes arrays of one shape, stacked, as a .npy file. Raises UserError if it cannot be written."""
+    with _whole(Path(path)) as part, open(part, "wb") as file:
+        np.save(file, np.stack(arrays))
+
+
+def side_by_side(left: np.ndarray, right: np.ndarray, gap: int = 4) -> np.ndarray:
+    """Two uint8 videos `[T, H, W, 3]` of one shape as one, with a white line of gap pixels between them."""
+    line = np.full((*left.shape[:2], gap, 3), 255, np.uint8)
+    return np.concatenate([left, line, right], axis=2)
+
+
 def write_sheet(
     path: str | os.PathLike, videos: Sequence[np.ndarray], captions: Sequence[str], columns: int = 6, cell: int = 96
 ):

@@ -6,27 +6,23 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from data_pipelines.loader import make_loader
 from data_pipelines.packing import token_costs
 from data_pipelines.rows import RowSource
 from sorax import config as config_lib
-from sorax import flops, flow, functional, media, processes, sharding
-from sorax.attention import attention
+from sorax import flops, media, processes, sharding
 from sorax.discriminator import DiscriminatorConfig
-from sorax.dit import DiT, DiTConfig
 from sorax.dit_data import prepare_data, prepare_vae
+from sorax.dit_task import FlowConfig, check_networks, check_rows, dit_task
 from sorax.encode import Codec
 from sorax.errors import UserError
 from sorax.generate import Generator, Request
 from sorax.optim import OptimConfig
-from sorax.text import TextConfig, TextEncoder, drop_captions, slot_bias
+from sorax.runs import start_params
 
 VALIDATION_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
-SIGMA_BINS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +34,11 @@ class Objective:
         start: params -> params, before the first step: what is read from elsewhere.
         loss: (params, batch, key, step, constants) -> {name: (sum, weight)}; sum / weight of "loss" is minimised.
         batches: first step -> iterator of this process's numpy batches.
-        work: batch -> host-side counts: tokens, capacity, flops, ... of this process's rows.
+        work: batch -> host-side counts of it: tokens (places), useful_tokens, frames, model_flops, ...
         evaluate: (state, step, folder) -> (metrics, {name: uint8 video}, fps).
         averaged: params -> those of which an EMA is kept.
         finish: params (or their EMA) -> the same, when training ends.
+        lr_factor: (path, shape) of a parameter -> factor on its learning rate; or None.
     `identity` says which data in which order; a checkpoint of another does not go on. `optims` has the optimizer of
     each network, by its name in the parameters, or of all of them under "". `constants`: arrays that the loss needs
     and nobody learns.
@@ -58,6 +55,7 @@ class Objective:
     start: Callable = lambda params: params
     averaged: Callable = lambda params: params
     finish: Callable = lambda params: params
+    lr_factor: Callable | None = None
     constants: Any = dataclasses.field(default_factory=dict)
 
 
@@ -99,6 +97,7 @@ class DataConfig:
     max_segments: int = 64
     val_samples: int = 64
     ranks: int = 0  # shares of a batch that have equal cost; 0: as many as the mesh has when the run starts
+    tokenizer: str = ""  # folder with one, or "bytes" (ByT5's); "": BPE, trained on the captions
     posterior: str = "mean"  # of latents: "mean", or "sample" for a new draw each time that a sample comes
 
 
@@ -119,25 +118,13 @@ class VAELossConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class FlowConfig:
-    """The `flow` section of a DiT experiment: how rows are noised and what is given."""
-
-    sigma_mean: float = 0.0
-    sigma_std: float = 1.0
-    train_shift: float = 1.0
-    sample_shift: float = 3.0
-    caption_dropout: float = 0.1
-    # weights of nothing given, first latent frame, last, both ends, first k
-    given: tuple[float, float, float, float, float] = (0.6, 0.15, 0.05, 0.1, 0.1)
-
-
-@dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """The `eval` section: every so many steps, validation loss and samples (0: only at the end)."""
 
     every: int = 0
     num_videos: int = 4
     num_steps: int = 30
+    solver: str = "euler"  # or unipc, dpm++
     guidance_scale: float = 3.0
     num_clips: int = 64  # of each split, for `sorax evaluate`
 
@@ -153,7 +140,7 @@ def make_objective(config, workdir: str, mesh) -> Objective:
     makers = {"vae": vae_objective, "dit": dit_objective}
     if config.get("kind") not in makers:
         raise UserError(f"config.kind is {config.get('kind')!r}: use one of {', '.join(makers)}")
-    own = dict(vae=("loss", "discriminator", "discriminator_optim", "init"), dit=("vae", "text", "flow"))
+    own = dict(vae=("loss", "discriminator", "discriminator_optim", "init"), dit=("vae", "text", "flow", "init"))
     known = (*own[config.kind], "kind", "model", "data", "optim", "train", "checkpoint", "mesh", "eval", "path")
     for section in config:
         if section not in known:
@@ -168,11 +155,11 @@ def complete(config):
     sections = dict(data=DataConfig, optim=OptimConfig, train=TrainConfig, checkpoint=CheckpointConfig, eval=EvalConfig,
                     loss=VAELossConfig, flow=FlowConfig, discriminator=DiscriminatorConfig,
                     discriminator_optim=OptimConfig, mesh=sharding.MeshConfig)  # fmt: skip
-    if config.get("kind") == "vae":
-        with config.unlocked():
-            for name, value in dict(init="", discriminator={}, discriminator_optim=DISCRIMINATOR_OPTIM).items():
-                if name not in config:
-                    config[name] = value
+    own = dict(vae=dict(init="", discriminator={}, discriminator_optim=DISCRIMINATOR_OPTIM), dit=dict(init=""))
+    with config.unlocked():
+        for name, value in own.get(config.get("kind"), {}).items():
+            if name not in config:
+                config[name] = value
     for name, cls in sections.items():
         if name in config:
             config_lib.add_defaults(config[name], cls)
@@ -213,34 +200,25 @@ def write_samples(folder, step, videos, captions):
 
 
 def dit_objective(config, workdir: str, mesh) -> Objective:
-    """Rectified flow over packed latent rows, with the text encoder trained along."""
-    from sorax.train import TrainConfig, compute_dtype
+    """Rectified flow over packed latent rows, with the text encoder trained along or kept as it is."""
+    from sorax.train import TrainConfig
 
-    model = config_lib.build(DiTConfig, config.model, "model")
-    text_model = config_lib.build(TextConfig, config.text, "text")
     data = config_lib.build(DataConfig, config.data, "data")
-    flow_config = config_lib.build(FlowConfig, config.flow, "flow")
     settings = config_lib.build(TrainConfig, config.train, "train")
     evaluation = config_lib.build(EvalConfig, config.eval, "eval")
-    dtype = compute_dtype(settings.dtype)
+    task = dit_task(config, data, settings, mesh)
+    model, text_model = task.model, task.text_model
 
     # --- Data: latents of every sample, made once
     check_path(data)
-    here = mesh.shape["data"] * mesh.shape["fsdp"]
+    check_rows(data, model, mesh)
+    here = sharding.batch_parts(mesh)
     ranks = data.ranks or here
-    if data.batch % here:
-        raise UserError(f"config.data.batch is {data.batch} rows, which {here} data-parallel ranks cannot share "
-                        "equally: make it a multiple, or set mesh.data x mesh.fsdp to a divisor of it")  # fmt: skip
-    sharding.check_rows(mesh, model.num_heads, data.row_tokens)
     if ranks != here:
         print(f"rows are balanced for {ranks} data-parallel ranks, as when the run began; here are {here}: the batches "
               "are the same, but not every rank has equal work")  # fmt: skip
     vae_config, vae_params, vae_identity = prepare_vae(config, workdir)
-    if model.in_channels != vae_config.latent_channels or text_model.width != model.text_dim:
-        raise UserError(
-            f"config.model takes {model.in_channels} latent channels and text of width {model.text_dim}, but the VAE "
-            f"makes {vae_config.latent_channels} and config.text {text_model.width}: make them equal"
-        )
+    check_networks(model, text_model, vae_config)
     codec = Codec(vae_config, vae_params)
     tokenizer, examples, val_examples = prepare_data(config, workdir, codec, vae_identity)
     cost_a, cost_b = token_costs(model.width, model.ffn_dim)
@@ -251,70 +229,26 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
                      **row_options)  # fmt: skip
     val_rows = RowSource(val_examples, seed=0, **row_options)
 
-    # --- Model
-    dit_graph, _ = functional.abstract(DiT, model)
-    text_graph, _ = functional.abstract(TextEncoder, text_model)
-    constrain = sharding.activation_constraint(mesh)
-    attend, attend_text = sharding.attention_on(mesh, attention)
-    S = data.max_segments
-    run_options = dict(remat=settings.remat, unroll=settings.unroll, constrain=constrain, attend=attend,
-                       attend_text=attend_text)  # fmt: skip
+    # --- What is read: networks that start from other weights, and those that keep them
+    constants = start_params(config, workdir, task.frozen, places=task.frozen) if task.frozen else {}
 
-    def init(key):
-        dit_key, text_key = jax.random.split(key)
-        return dict(dit=functional.init(DiT, model, dit_key), text=functional.init(TextEncoder, text_model, text_key))
-
-    def velocity_error(params, batch, text_tokens, given, levels, noise_key):
-        params = functional.cast(params, dtype)
-        ids, text_ids = batch["segment_ids"], batch["text_segment_ids"]
-        noisy, target, level_index = flow.noise_rows(noise_key, batch["tokens"], given, ids, levels)
-        text = nnx.merge(text_graph, params["text"])(text_tokens, text_ids)
-        velocity = nnx.merge(dit_graph, params["dit"])(
-            noisy.astype(dtype), batch["positions"], ids, levels, level_index, text, text_ids,
-            slot_bias(text_tokens, text_ids, S), **run_options,
-        )  # fmt: skip
-        generated = (ids != 0) & ~given
-        return flow.token_loss(velocity, target, generated)[1], generated, level_index
-
-    def loss(params, batch, key, step, constants):
-        sigma_key, given_key, drop_key, noise_key = jax.random.split(key, 4)
-        batch |= {name: constrain(batch[name]) for name in ("tokens", "positions", "segment_ids")}
-        ids = batch["segment_ids"]
-        levels = flow.draw_sigma(sigma_key, (ids.shape[0], S), mean=flow_config.sigma_mean,
-                                 std=flow_config.sigma_std, shift=flow_config.train_shift)  # fmt: skip
-        levels = jnp.pad(levels, ((0, 0), (1, 0)))
-        given = flow.draw_given(given_key, batch["positions"], ids, S, flow_config.given)
-        text = drop_captions(drop_key, batch["text_tokens"], batch["text_segment_ids"], S, flow_config.caption_dropout)
-        error, generated, level_index = velocity_error(params, batch, text, given, levels, noise_key)
-        sums = dict(loss=(jnp.sum(error), jnp.sum(generated, dtype=jnp.float32)))
-        sigma = jnp.take_along_axis(levels, level_index, axis=1)
-        for k in range(SIGMA_BINS):
-            low, high = k / SIGMA_BINS, (k + 1) / SIGMA_BINS
-            inside = generated & (sigma >= low) & (sigma <= high if k == SIGMA_BINS - 1 else sigma < high)
-            sums[f"loss_sigma_{low:g}_{high:g}"] = (jnp.sum(error * inside), jnp.sum(inside, dtype=jnp.float32))
-        return sums
-
-    @jax.jit
-    def validation(params, batch, sigma, key):
-        ids = batch["segment_ids"]
-        levels = jnp.full((ids.shape[0], S + 1), sigma).at[:, 0].set(0.0)
-        given = jnp.zeros(ids.shape, bool)
-        error, generated, _ = velocity_error(params, batch, batch["text_tokens"], given, levels, key)
-        return jnp.sum(error), jnp.sum(generated)
+    def start(params):
+        return params | start_params(config, workdir, params, places=params) if config.get("init") else params
 
     def evaluate(state, step, folder):
         params, metrics = state.ema_params, {}
         batch = sharding.put_batch(next(make_loader(val_rows, **loader_options(mesh))), mesh)
         for i, sigma in enumerate(VALIDATION_SIGMAS):
-            total, count = validation(params, batch, sigma, jax.random.key(i))
+            total, count = task.validation(params, batch, sigma, jax.random.key(i), constants)
             metrics[f"val_loss_sigma_{sigma:g}"] = float(total / count)
         metrics["val_loss"] = float(np.mean(list(metrics.values())))
-        generator = Generator(model, params["dit"], text_model, params["text"], tokenizer, codec, mesh)
+        networks = params | constants
+        generator = Generator(model, networks["dit"], text_model, networks["text"], tokenizer, codec, mesh)
         some = range(min(evaluation.num_videos, len(val_examples)))
         shapes = val_examples.video_shapes.tolist()
         requests = [Request(val_examples.caption(i), *shapes[i], seed=i) for i in some]
-        latents = generator.latents(requests, num_steps=evaluation.num_steps, guidance_scale=evaluation.guidance_scale,
-                                    shift=flow_config.sample_shift)  # fmt: skip
+        latents = generator.latents(requests, num_steps=evaluation.num_steps, solver=evaluation.solver,
+                                    guidance_scale=evaluation.guidance_scale, shift=task.flow.sample_shift)  # fmt: skip
         made = codec.decode(latents) if processes.is_first() else []  # who writes them down
         write_samples(folder, step, made, [r.prompt for r in requests])
         videos = {f"sample/{i}": video for i, video in enumerate(made)}
@@ -323,10 +257,13 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
     return Objective(
         name="DiT",
         identity=f"{rows.identity}-{examples.identity}",
-        init=init,
-        loss=loss,
+        init=task.init,
+        loss=task.loss,
         batches=lambda step: make_loader(rows, start_step=step, num_workers=data.workers, **loader_options(mesh)),
-        work=lambda batch: flops.rows_work(model, text_model, batch),
+        work=lambda batch: flops.rows_work(model, text_model, batch, **task.routing),
         evaluate=evaluate,
-        optims={"": config_lib.build(OptimConfig, config.optim, "optim")},
+        start=start,
+        constants=constants,
+        optims=task.optims,
+        lr_factor=task.lr_factor,
     )

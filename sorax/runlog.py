@@ -1,11 +1,13 @@
 """What a run says while it runs: metrics.jsonl, TensorBoard events, and a progress bar or plain lines."""
 
 import atexit
+import contextlib
 import json
 import os
 import sys
 import time
 
+import jax
 import numpy as np
 import rich.console
 import rich.progress
@@ -71,6 +73,40 @@ class RunLog:
         self._board.close()
 
 
+class Trace:
+    """A profiler's trace of some steps of a run, for TensorBoard or xprof, in `profile/` of the run folder.
+
+    Args:
+        steps: (start, stop), counted from `first`, the step that the run goes on from; None for no trace.
+    """
+
+    def __init__(self, workdir: str, steps: tuple[int, int] | None, first: int = 0):
+        self._folder, self._running = os.path.join(workdir, "profile"), False
+        self._steps = None if steps is None else (first + steps[0], first + steps[1])
+
+    def __enter__(self):
+        return self
+
+    def at(self, step: int, state):
+        """Says that a step is about to begin, from `state`: starts or ends the trace once that is computed."""
+        if self._steps and (step == self._steps[0] or (self._running and step == self._steps[1])):
+            jax.block_until_ready(state)
+            self._stop() if self._running else self._start()
+
+    def __exit__(self, *exception):
+        if self._running:
+            self._stop()
+
+    def _start(self):
+        jax.profiler.start_trace(self._folder)
+        self._running = True
+
+    def _stop(self):
+        jax.profiler.stop_trace()
+        self._running, self._steps = False, None
+        print(f"profile: {self._folder}, look at it with `tensorboard --logdir {self._folder}`")
+
+
 class Progress:
     """What, how far and how long: a bar on a terminal, a line every so often elsewhere.
 
@@ -98,6 +134,17 @@ class Progress:
     def __exit__(self, *exception):
         if self.bar:
             self.bar.stop()
+
+    @contextlib.contextmanager
+    def pause(self, what: str):
+        """Says what is done besides the steps, such as compiling; its time is none of theirs when time left is told."""
+        if self.bar:
+            self.bar.update(self.task, note=what)
+        else:
+            print(f"{self.title}: {what}", flush=True)
+        began = time.monotonic()
+        yield
+        self.began += time.monotonic() - began
 
     def advance(self, done: int, note: str = ""):
         """Reports that `done` of `total` are finished."""

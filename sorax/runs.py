@@ -8,6 +8,7 @@ import os
 import pathlib
 
 import jax
+import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from data_pipelines.latent_shards import LatentShards, is_shards, shards_folder
@@ -15,7 +16,7 @@ from data_pipelines.latent_writer import splits
 from data_pipelines.sources import open_source
 from data_pipelines.text_tokens import Tokenizer
 from sorax import config as config_lib
-from sorax import convert, functional
+from sorax import convert, functional, read_weights
 from sorax.checkpoint import Checkpoints
 from sorax.convert import Networks
 from sorax.dit import DiT, DiTConfig
@@ -47,6 +48,15 @@ class Run:
         n = self.networks
         return Generator(n.dit_config, n.dit, n.text_config, n.text, self.tokenizer, self.codec)
 
+    def sampling(self) -> dict:
+        """How this run's videos are made: num_steps, solver, guidance_scale and shift."""
+        from sorax.objectives import EvalConfig, FlowConfig
+
+        settings = config_lib.build(EvalConfig, self.config.eval, "eval")
+        shift = config_lib.build(FlowConfig, self.config.flow, "flow").sample_shift
+        return dict(num_steps=settings.num_steps, solver=settings.solver, guidance_scale=settings.guidance_scale,
+                    shift=shift)  # fmt: skip
+
     def usual_shape(self) -> tuple[int, int, int, float]:
         """(frames, height, width, fps) that the run saw most among its first validation samples."""
         data = self.config.data
@@ -67,9 +77,9 @@ class Run:
     def metadata(self, weights: str) -> dict:
         """What a model card says of the run; its scores, if this step was evaluated into the folder's `report/`."""
         frames, height, width, fps = self.usual_shape()
-        settings = self.config.eval
+        how = self.sampling()
         sample = dict(prompt="a red circle moving right", height=height, width=width, num_frames=frames, fps=fps,
-                      num_steps=settings.num_steps, guidance_scale=settings.guidance_scale)  # fmt: skip
+                      num_steps=how["num_steps"], guidance_scale=how["guidance_scale"])  # fmt: skip
         name, data = os.path.basename(os.path.abspath(self.workdir)), f"data.path = {self.config.data.path!r}"
         config = self.config.to_dict()
         return dict(name=name, step=self.step, weights=weights, config=config, data=data, sample=sample,
@@ -99,31 +109,84 @@ def report_splits(workdir: str, step: int) -> dict:
     return report["splits"] if report["step"] == step else {}
 
 
-def load_run(workdir: str, weights: str = "ema") -> Run:
-    """The latest checkpoint of a run that `sorax train` wrote.
+def load_run(workdir: str, weights: str = "ema", *, stored: bool = False) -> Run:
+    """The latest checkpoint of a run that `sorax train` wrote, or the weights that `sorax import` put there.
+
+    stored: parameters of DiT and text encoder stay on the disk (`checkpoint.StoredArray`, `read_weights.StoredParam`).
 
     Raises:
-        UserError: no run there, none of the needed kind, no checkpoint yet, or of another architecture; a tokenizer
-            that is missing, broken or too large.
+        UserError: no run there, none of the needed kind, neither checkpoint nor imported weights, or of another
+            architecture; a tokenizer that is missing, broken or too large.
     """
     config = config_lib.read_config(workdir)
     if config.kind != "dit":
         raise UserError(f"{workdir!r} is the run of a {config.kind}, not of a text-to-video model: name the folder of "
                         "a DiT experiment")  # fmt: skip
-    vae_config, vae_params, _ = open_vae(vae_folder(config, workdir))
+    vae_config, vae_params = (stored_vae if stored else open_vae)(vae_folder(config, workdir))[:2]
     dit_config = config_lib.build(DiTConfig, config.model, "model")
     text_config = config_lib.build(TextConfig, config.text, "text")
     tokenizer = Tokenizer.load(workdir, text_config.vocab_size)
     shapes = dict(dit=functional.abstract(DiT, dit_config)[1], text=functional.abstract(TextEncoder, text_config)[1])
-    params, step = load_params(workdir, shapes, weights)
+    trained = {name: shape for name, shape in shapes.items() if name not in config.train.get("freeze", ())}
+    params, step = {}, 0
+    if not config.get("init") or Checkpoints(workdir).latest_step() is not None:
+        params, step = load_params(workdir, trained, weights, stored=stored)
+    if params.keys() != shapes.keys():
+        params = start_params(config, workdir, shapes.keys() - params.keys(), stored=stored) | params
     networks = Networks(vae_config=vae_config, vae=vae_params, dit_config=dit_config, dit=params["dit"],
                         text_config=text_config, text=params["text"])  # fmt: skip
     return Run(workdir, config, step, networks, tokenizer)
 
 
+def start_params(config, workdir: str, names, *, stored: bool = False, places=None) -> dict:
+    """Parameters of networks ("dit", "text") from where `config.init` of a DiT run says that they start.
+
+    config.init is a WanPipeline folder or a DiT run (its EMA weights), as a path or inside the run folder.
+
+    Args:
+        stored: leave them on the disk.
+        places: dict of trees, by network, of arrays (or their shapes) whose dtype and sharding they get; without it
+            they go to this process's first device in float32.
+
+    Raises:
+        UserError: there is no such folder, or its networks are not those of the config: what differs is named.
+    """
+    folder = _inside(workdir, config.init)
+    if os.path.isfile(os.path.join(folder, "model_index.json")):
+        there = convert.open_diffusers(folder)
+    else:
+        there = load_run(folder, stored=True).networks
+    made = {}
+    for name in sorted(names):
+        cls, section = dict(dit=(DiTConfig, "model"), text=(TextConfig, "text"))[name]
+        wanted, found = config_lib.build(cls, config[section], section), getattr(there, f"{name}_config")
+        differ = [
+            f"{section}.{field.name}: {getattr(found, field.name)!r} there, {getattr(wanted, field.name)!r} here"
+            for field in dataclasses.fields(found) if getattr(found, field.name) != getattr(wanted, field.name)
+        ]  # fmt: skip
+        if differ:
+            raise UserError(f"config.init {config.init!r} is of another architecture ({'; '.join(differ[:3])}): make "
+                            "the config the same, or start from other weights")  # fmt: skip
+        made[name] = getattr(there, name)
+        if not stored:
+            made[name] = read_weights.place(made[name], places[name] if places else _first_device(made[name]))
+    return made
+
+
+def _first_device(tree):
+    place = SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float32, sharding=place), tree)
+
+
+def _inside(workdir: str, path: str) -> str:
+    """A path that is taken from the run folder if it is there, and else as it is."""
+    return inside if os.path.exists(inside := os.path.join(workdir, path)) else path
+
+
 def vae_folder(config, workdir: str) -> str:
     """Where the VAE of a DiT run is: the folder that its config names, or the run inside its own."""
-    return config.vae.get("path") or os.path.join(workdir, "vae")
+    path = config.vae.get("path")
+    return _inside(workdir, path) if path else os.path.join(workdir, "vae")
 
 
 def kind_of(path: str) -> str:
@@ -178,6 +241,12 @@ def open_vae(path: str):
     return vae_config, jax.device_put(params, jax.local_devices()[0]), identity
 
 
+def stored_vae(path: str):
+    """Config and parameters of what `open_vae` opens; those in a diffusers folder stay on the disk, as they are."""
+    folder = _diffusers_vae(path)
+    return convert.open_vae(folder) if folder is not None else open_vae(path)[:2]
+
+
 def open_vae_config(path: str) -> VAEConfig:
     """The config alone of the VAE that `open_vae` opens; its run need not be finished."""
     kind = kind_of(path)
@@ -216,12 +285,14 @@ def _identity(params) -> str:
     return digest.hexdigest()[:16]
 
 
-def load_params(workdir: str, shapes, weights: str):
-    """(parameters, step) of a run's latest checkpoint, on the first device."""
+def load_params(workdir: str, shapes, weights: str, *, stored: bool = False):
+    """(parameters, step) of a run's latest checkpoint, on the first device; or left on the disk."""
     place = SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
     checkpoints = Checkpoints(workdir)
     try:
+        if stored:
+            return checkpoints.stored(abstract, WEIGHTS[weights])
         step = checkpoints.latest_step()
         items, _ = checkpoints.restore({WEIGHTS[weights]: abstract}, step)
     finally:

@@ -97,7 +97,7 @@ def _slices(devices, slices):
         return np.array(devices, object).reshape(slices, -1).tolist()
     members = collections.defaultdict(list)
     for device in devices:
-        members[getattr(device, "slice_index", 0)].append(device)  # a topology of one slice does not say
+        members[getattr(device, "slice_index", 0)].append(device)  # a topology of one slice has no numbers
     if slices not in (0, len(members)):
         raise UserError(f"config.mesh.slices is {slices}, but the {len(devices)} devices here are of {len(members)} "
                         "slice(s): set it to that, or to 0")  # fmt: skip
@@ -177,8 +177,8 @@ def video_sharding(mesh: Mesh, rows: int, columns: int, whole_batch: bool = Fals
         return NamedSharding(mesh, PartitionSpec(batch, None, "context" if parts > 1 else None))
     if columns % parts == 0:
         return NamedSharding(mesh, PartitionSpec(batch, None, None, "context"))
-    raise UserError(f"latents of {rows} x {columns} (h x w) cannot be split over {parts} devices: set "
-                    "config.mesh.context to a number that divides one of them, or crop the video")  # fmt: skip
+    raise UserError(f"latents of {rows} x {columns} (h x w) cannot be split over {parts} devices: make the "
+                    "mesh's context axis (config.mesh.context) divide one of them, or crop the video")  # fmt: skip
 
 
 def row_shares(mesh: Mesh) -> tuple[tuple[int, ...], int]:

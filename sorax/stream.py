@@ -66,7 +66,8 @@ def check_frames(config: VAEConfig, video):
     shape, dtype = video.shape, video.dtype
     if len(shape) != 4 or shape[-1] != 3:
         found = [axis for axis, size in enumerate(shape) if size == 3]
-        hint = f"move axis {found[0]} to the end" if found and len(shape) == 4 else "one video, channels last"
+        moved = found and len(shape) == 4
+        hint = f"move axis {found[0]} to the end" if moved else "pass a list of videos, each with channels last"
         raise UserError(f"a video is [T, H, W, 3], this one is {list(shape)}: {hint}")
     if dtype != np.uint8:
         if not jnp.issubdtype(dtype, jnp.floating):  # numpy does not count bfloat16
@@ -120,7 +121,7 @@ class _Stream:
             raise UserError(f"a stream's chunk of {chunk} frames: use a multiple of the temporal stride {stride}")
         self._config, self._mesh, self._stride = config, mesh, stride
         self._params = jax.device_put(params, None if mesh is None else replicated(mesh))
-        self._frames, self._waiting, self._shape = None, [], None
+        self._frames, self._waiting, self._shape, self._done = None, [], None, False
 
     def push(self, items):
         """Takes the next items `[n, ...]`, n >= 0; returns what is final now, a list of arrays `[k, ...]`.
@@ -128,6 +129,8 @@ class _Stream:
         Raises:
             UserError: they are not what the VAE takes, or of another shape or dtype than those before.
         """
+        if self._done:
+            raise UserError("this stream is finished: start another one for another video")
         items = np.asarray(items)
         self._check(items)
         shape = items.shape[1:], items.dtype
@@ -181,14 +184,19 @@ class EncodeStream(_Stream):
         self._mean, self._std = (np.asarray(params[name]) for name in ("latents_mean", "latents_std"))
 
     def finish(self):
-        """The latents of the frames that still wait. Raises UserError unless the video had 4n + 1 frames."""
+        """The latents of the frames that still wait. Raises UserError unless the video had 4n + 1 frames.
+
+        4 is the temporal stride of Wan's VAEs; others have their own.
+        """
         count, first = len(self._waiting), self._frames is None
         if not count:
+            self._done = True
             return []
         over = (count - first) % self._stride
         if over:
             raise UserError(f"a video of {self._stride}n + 1 frames was expected, {over} were left over: "
                             "cut or repeat frames at the end")  # fmt: skip
+        self._done = True
         return [self._run_rest()[: first + (count - first) // self._stride]]
 
     def _check(self, items):
@@ -212,6 +220,7 @@ class DecodeStream(_Stream):
 
     def finish(self):
         """The frames of the latents that still wait."""
+        self._done = True
         count, first = len(self._waiting), self._frames is None
         if not count:
             return []

@@ -1,5 +1,6 @@
 """The training loop: one for the VAE and the DiT, which differ by their objective (`sorax/objectives.py`)."""
 
+import contextlib
 import dataclasses
 import os
 import time
@@ -9,13 +10,15 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from sorax import backend, processes, sharding
 from sorax import config as config_lib
 from sorax.checkpoint import Checkpoints
+from sorax.devices import peak_flops
 from sorax.errors import UserError
-from sorax.optim import learning_rate, make_tx, update_ema
-from sorax.runlog import Progress, RunLog
+from sorax.optim import evaluation_params, learning_rate, make_tx, update_ema
+from sorax.runlog import Progress, RunLog, Trace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +30,8 @@ class TrainConfig:
     log_every: int = 50
     accumulate: int = 1  # micro-batches a step; the batch is split, the result is that of the whole batch
     dtype: str = "auto"  # of the forward pass: float32, bfloat16, or auto (float32 on CPU, bfloat16 elsewhere)
-    remat: str = "none"  # what the backward pass recomputes: none, dots, full
+    freeze: tuple[str, ...] = ()  # networks that keep the weights of config.init: text (or dit)
+    remat: str = "none"  # what the backward pass recomputes, see `DiT.__call__`
     unroll: bool = False  # a loop over the layers in place of a scan: faster on a CPU, slower to compile
 
 
@@ -48,10 +52,10 @@ class TrainState:
     rng: jax.Array  # key data of the run; step k draws from fold_in(rng, k)
 
 
-def compute_dtype(name: str):
-    """dtype of the forward pass from `train.dtype`."""
+def compute_dtype(name: str, platform: str):
+    """dtype of the forward pass from `train.dtype` and the devices' platform ("cpu", "tpu", ...)."""
     if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        name = "float32" if platform == "cpu" else "bfloat16"
     if name not in ("float32", "bfloat16"):
         raise UserError(f"config.train.dtype is {name!r}: use float32, bfloat16 or auto")
     return jnp.dtype(name)
@@ -102,7 +106,8 @@ def make_step(objective, tx, ema_decay: float, accumulate: int):
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums["loss"][1], 1e-8), grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = jax.tree.map(jnp.add, state.params, updates)
-        ema_params = update_ema(state.ema_params, objective.averaged(params), state.step, ema_decay)
+        averaged = objective.averaged(evaluation_params(params, opt_state))
+        ema_params = update_ema(state.ema_params, averaged, state.step, ema_decay)
         norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
         sums = dict(sums, grad_norm=(norm, jnp.float32(1)))
         return TrainState(state.step + 1, params, ema_params, opt_state, state.rng), sums
@@ -110,12 +115,32 @@ def make_step(objective, tx, ema_decay: float, accumulate: int):
     return step
 
 
-def train(config, workdir: str, *, title: str | None = None):
+def abstract_state(objective, tx, mesh):
+    """TrainState of shapes and types, with the sharding of each array."""
+    abstract = jax.eval_shape(make_init(objective, tx), jax.random.key(0))
+    shardings = sharding.shardings_for(abstract, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+
+
+def compiled_step(objective, tx, settings: TrainConfig, abstract, mesh):
+    """`make_step`, jitted for a mesh: the state is split as `abstract` says and given up, the batch by its rows."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    optim = next(iter(objective.optims.values()))  # of the network that the run is about
+    return jax.jit(
+        make_step(objective, tx, optim.average_decay, settings.accumulate),
+        in_shardings=(shardings, sharding.batch_sharding(mesh), None),  # constants are where their objective put them
+        out_shardings=(shardings, sharding.replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def train(config, workdir: str, *, title: str | None = None, profile: tuple[int, int] | None = None):
     """Trains what a config describes in a run folder, from where the folder stands.
 
     Args:
         config: ConfigDict of an experiment (`experiments/`).
         workdir: run folder; created, or continued if it holds a run of the same config.
+        profile: (start, stop): a trace of these steps, counted from where the run goes on, into `workdir/profile`.
 
     Raises:
         UserError: the folder holds a run of another config or architecture, the data cannot be used, the disk is full.
@@ -141,22 +166,10 @@ def train(config, workdir: str, *, title: str | None = None):
     title = title or f"train {objective.name}"
 
     # --- Shard
-    tx = make_tx(objective.optims, settings.steps)
-    optim = next(iter(objective.optims.values()))  # of the network that the run is about
-    init = make_init(objective, tx)
-    key = jax.random.key(settings.seed)
-    abstract = jax.eval_shape(init, key)
-    shardings = sharding.shardings_for(abstract, mesh)
-    constants = jax.device_put(objective.constants, sharding.replicated(mesh))
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-
-    # --- Step
-    step_fn = jax.jit(
-        make_step(objective, tx, optim.ema_decay, settings.accumulate),
-        in_shardings=(shardings, sharding.batch_sharding(mesh), sharding.replicated(mesh)),
-        out_shardings=(shardings, sharding.replicated(mesh)),
-        donate_argnums=0,
-    )
+    tx = make_tx(objective.optims, settings.steps, objective.lr_factor)
+    abstract = abstract_state(objective, tx, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    step_fn = compiled_step(objective, tx, settings, abstract, mesh)
 
     # --- Resume
     checkpoints = Checkpoints(workdir, keep=keeping.keep)
@@ -168,10 +181,11 @@ def train(config, workdir: str, *, title: str | None = None):
                             f"{objective.identity} now): put it back, or train in another workdir")  # fmt: skip
         state = _state(items, step)
     else:
-        state = jax.jit(init, out_shardings=shardings)(key)
+        state = jax.jit(make_init(objective, tx), out_shardings=shardings)(jax.random.key(settings.seed))
         params = objective.start(state.params)
         if params is not state.params:
-            state = state.replace(params=params, ema_params=_copy(objective.averaged(params)))
+            opt_state = jax.jit(tx.init, out_shardings=shardings.opt_state)(params)  # it may hold the parameters
+            state = state.replace(params=params, ema_params=_copy(objective.averaged(params)), opt_state=opt_state)
 
     # --- Loop
     if step >= settings.steps:
@@ -179,18 +193,24 @@ def train(config, workdir: str, *, title: str | None = None):
         checkpoints.close()
         return
     log = RunLog(workdir, step, write=processes.is_first())
-    _, same_rows = sharding.row_shares(mesh)
-    schedule = learning_rate(optim, settings.steps)
+    schedule = learning_rate(next(iter(objective.optims.values())), settings.steps)
+    _, same = sharding.row_shares(mesh)
+    peak = mesh.size * (peak_flops(mesh.devices.flat[0].device_kind) or 0)
     eval_every = config.eval.get("every", 0)
     if step == 0 and eval_every:
         _evaluate(objective, state, 0, log, workdir)
     batches = objective.batches(step)
-    pending, work, since = [], [], time.perf_counter()
-    with Progress(title, settings.steps, step) as progress:
+    trace = Trace(workdir, profile, step)
+    pending, work, since, met = [], [], time.perf_counter(), set()
+    with Progress(title, settings.steps, step) as progress, trace:
         while step < settings.steps:
+            trace.at(step, state)
             batch = next(batches)
             work.append(objective.work(batch))
-            state, sums = step_fn(state, sharding.put_batch(batch, mesh), constants)
+            shape = "x".join(map(str, next(iter(batch.values())).shape))  # one of each kind of batch there is
+            with contextlib.nullcontext() if shape in met else progress.pause(f"compiling for batches of {shape}"):
+                state, sums = step_fn(state, sharding.put_batch(batch, mesh), objective.constants)
+            met.add(shape)
             pending.append(sums)
             step += 1
             if step % settings.log_every == 0 or step == settings.steps:
@@ -199,7 +219,7 @@ def train(config, workdir: str, *, title: str | None = None):
                     raise UserError(f"{title}: the loss is {metrics['loss']} at step {step}: lower config.optim.lr; "
                                     f"the last good checkpoint is of step {checkpoints.latest_step()}")  # fmt: skip
                 seconds = time.perf_counter() - since
-                metrics |= _rates(work, seconds, same_rows) | {"lr": float(schedule(step - 1))}
+                metrics |= _rates(work, seconds, peak, same) | {"lr": float(schedule(step - 1))}
                 log.write(step, metrics)
                 progress.advance(step, f"loss {metrics['loss']:.4f}")
                 pending, work, since = [], [], time.perf_counter()
@@ -232,13 +252,33 @@ def _mean(pending):
     return {name: float(s / w) for name, (s, w) in total.items() if w > 0}
 
 
-def _rates(work, seconds, same_rows):
-    """Throughput from the host-side counts of each process's batches, whose rows `same_rows` processes have."""
-    total = processes.total({name: sum(w[name] for w in work) / same_rows for name in work[0]})
-    rates = {f"{name}_per_s": total[name] / seconds for name in total if name != "capacity"}
-    if "capacity" in total:
-        rates["useful_fraction"] = total["tokens"] / total["capacity"]
+def _rates(work, seconds, peak: float, same: int = 1):
+    """Speed over the steps since the last log line.
+
+    Args:
+        work: counts of each step's batch, of this process's share (`Objective.work`).
+        seconds: that they took.
+        peak: FLOP/s of all devices of the run; 0 where nobody knows: there is no MFU then.
+        same: processes that have the same share.
+    """
+    names = sorted(work[0])
+    total = np.array([sum(w[name] for w in work) for name in names], np.float64)
+    if jax.process_count() > 1:
+        shares = multihost_utils.process_allgather(_exact(total)).reshape(-1, len(names), 2)
+        total = shares.sum((0, 2), np.float64) / same
+    total = dict(zip(names, total.tolist()))
+    rates = {f"{name}_per_s": count / seconds for name, count in total.items()}
+    if "useful_tokens" in total:
+        rates["useful_fraction"] = total["useful_tokens"] / total["tokens"]
+    if peak and "model_flops" in total:
+        rates["mfu"] = total["model_flops"] / seconds / peak
     return rates | {"step_seconds": seconds / len(work)}
+
+
+def _exact(values):
+    """float32 `[..., 2]` whose sums are float64 values (to 48 bits), since jax passes no float64 between processes."""
+    high = values.astype(np.float32)
+    return np.stack([high, (values - high).astype(np.float32)], axis=-1)
 
 
 def _evaluate(objective, state, step, log, workdir):

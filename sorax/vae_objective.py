@@ -7,6 +7,7 @@ Legend: B batch, T frames, H height, W width.
 """
 
 import dataclasses
+import difflib
 import itertools
 import os
 
@@ -15,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from data_pipelines.clips import check_crop
 from data_pipelines.loader import make_clip_loader
 from data_pipelines.sources import open_source
 from sorax import config as config_lib
-from sorax import functional, processes, runlog
+from sorax import functional, media, processes, runlog, sharding
 from sorax.discriminator import (
     Discriminator,
     DiscriminatorConfig,
@@ -29,6 +31,7 @@ from sorax.discriminator import (
 from sorax.dit_data import held_out_source
 from sorax.encode import Codec, source_identity
 from sorax.errors import UserError
+from sorax.flops import vae_work
 from sorax.inflate import inflate
 from sorax.lpips import LPIPS
 from sorax.metrics import psnr
@@ -61,6 +64,7 @@ def vae_objective(config, workdir: str, mesh) -> Objective:
     evaluation = config_lib.build(EvalConfig, config.eval, "eval")
     opponent = config_lib.build(DiscriminatorConfig, config.get("discriminator", {}), "discriminator")
     check_path(data)
+    dtype = compute_dtype(settings.dtype, mesh.devices.flat[0].platform)
     grid = dict(spatial_multiple=model.spatial_stride, temporal_stride=model.temporal_stride,
                 index_cache=os.path.join(workdir, "index"), index_progress=runlog.reporter("index"))  # fmt: skip
     with processes.first_before_others("VAE: data"):  # an index is made once
@@ -83,7 +87,7 @@ def vae_objective(config, workdir: str, mesh) -> Objective:
         originals = [held_out[i]["video"] for i in range(min(evaluation.num_videos, len(held_out)))]
         copies = codec.decode(codec.encode(originals))
         scores = [psnr(a, b) for a, b in zip(originals, copies)]
-        pairs = [np.concatenate([a, b], axis=2) for a, b in zip(originals, copies)]
+        pairs = [media.side_by_side(a, b) for a, b in zip(originals, copies)]
         write_samples(folder, step, pairs, ["original, then reconstruction"] * len(pairs))
         videos = {f"reconstruction/{i}": pair for i, pair in enumerate(pairs)}
         return {"val_psnr": float(np.mean(scores))}, videos, held_out.spec(0).fps
@@ -100,7 +104,8 @@ def vae_objective(config, workdir: str, mesh) -> Objective:
         for stage in stages:
             if step < stage.end:
                 options = loader_options(mesh) | dict(start_step=step, seed=settings.seed, num_workers=data.workers)
-                loader = make_clip_loader(stage.source, batch_size=stage.batch, crop=stage.crop, **options)
+                loader = make_clip_loader(stage.source, batch_size=stage.batch, crop=stage.crop,
+                                          temporal_stride=model.temporal_stride, **options)  # fmt: skip
                 yield from itertools.islice(loader, stage.end - step)
                 loader.close()
                 step = stage.end
@@ -116,15 +121,15 @@ def vae_objective(config, workdir: str, mesh) -> Objective:
         name="VAE",
         identity=source_identity(source, repr(order)),
         init=init,
-        loss=_make_loss(networks, weights, lpips, compute_dtype(settings.dtype), settings.remat != "none"),
+        loss=_make_loss(networks, weights, lpips, dtype, settings.remat != "none"),
         batches=batches,
-        work=lambda batch: dict(frames=int(np.prod(batch["video"].shape[:2]))),
+        work=lambda batch: vae_work(model, batch["video"].shape),
         evaluate=evaluate,
         finish=finish,
         start=start,
         optims=optims,
         averaged=lambda params: dict(vae=params["vae"]),
-        constants=lpips.params if lpips else {},
+        constants=jax.device_put(lpips.params, sharding.replicated(mesh)) if lpips else {},
     )  # fmt: skip
 
 
@@ -146,13 +151,18 @@ def _stages(section, data, steps, grid):
     stages, end, sources = [], 0, {}
     for number, settings in enumerate((*data.stages, {})):
         where = f"config.data.stages[{number}]"
+        if not hasattr(settings, "items"):
+            raise UserError(f"{where} is {settings!r}: a stage is a dict of `steps` and of keys of config.data")
         settings, rest = dict(settings), number == len(data.stages)
         count = settings.pop("steps", None)
         if not rest and (not isinstance(count, int) or count < 1):
-            raise UserError(f"{where} has steps={count!r}: say for how many steps it lasts")
+            found = "no `steps`" if count is None else f"steps={count!r}"
+            raise UserError(f"{where} has {found}: say for how many steps it lasts")
         for name in settings:
             if name not in section or name in ("stages", "workers"):
-                raise UserError(f"{where} sets {name!r}: a stage takes `steps` and any other key of config.data")
+                near = difflib.get_close_matches(name, [key for key in section if key != "stages"], n=1)
+                hint = f"did you mean {near[0]!r}?" if near else "a stage takes `steps` and other keys of config.data"
+                raise UserError(f"{where} sets {name!r}: {hint}")
         own = section.to_dict()
         for name, value in settings.items():
             own[name] = own[name] | dict(value) if isinstance(own[name], dict) else value
@@ -163,6 +173,10 @@ def _stages(section, data, steps, grid):
             cache = grid["index_cache"] if set(settings) <= _SAME_INDEX else f"{grid['index_cache']}_{number}"
             sources[key] = open_source(own, **grid | dict(index_cache=cache))
         crop = own.get("crop") or data.crop
+        try:
+            check_crop(crop, grid["temporal_stride"])
+        except UserError as error:
+            raise UserError(f"{'config.data' if rest else where}: {error}") from error
         stages.append(_Stage(end, own["batch"], tuple(crop) if crop else None, sources[key]))
     return stages
 

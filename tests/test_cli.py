@@ -4,11 +4,14 @@ import json
 import pathlib
 import shutil
 
+import jax
+import numpy as np
 import pytest
 from video_files import numbered, write
 
 from data_pipelines.text_tokens import Tokenizer
 from sorax import checkpoint, cli
+from sorax.runs import open_vae_config
 
 ROOT = pathlib.Path(__file__).parent.parent
 QUICK = str(ROOT / "experiments" / "quickstart.py")
@@ -93,6 +96,26 @@ def test_off_grid_sizes_are_rounded_and_said(capsys, tiny_run, tmp_path):
     assert cli.main([*argv, "--steps", "2", "--guidance", "1", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "off the grid" in printed and "32x32" in printed and out.exists()
+
+
+def test_noise_may_be_given_and_latents_kept(capsys, tiny_run, tmp_path):
+    """Latents of the run's own noise, once drawn from a seed and once read from a file, are the same."""
+    vae = open_vae_config(tiny_run)
+    shape = (*vae.latent_shape(5, 32, 32), vae.latent_channels)
+    noise = np.asarray(jax.random.normal(jax.random.key(3), shape))[None]
+    np.save(tmp_path / "noise.npy", noise)
+    argv = ["sample", "--run", str(tiny_run), "--prompt", "a red circle", "--size", "32x32", "--frames", "5"]
+    argv += ["--steps", "2", "--solver", "unipc", "--out", str(tmp_path / "x.gif")]
+    kept = []
+    for name, more in (("a", ["--seed", "3"]), ("b", ["--noise", str(tmp_path / "noise.npy")])):
+        assert cli.main([*argv, *more, "--save-latents", str(tmp_path / f"{name}.npy")]) == 0
+        kept.append(np.load(tmp_path / f"{name}.npy"))
+    assert kept[0].shape == noise.shape
+    np.testing.assert_array_equal(*kept)
+    capsys.readouterr()
+    assert "[2, t, h, w, C], one noise a prompt" in fails(capsys, *argv, "--prompt", "x", "--noise", tmp_path / "a.npy")
+    assert "written as .npy" in fails(capsys, *argv, "--save-latents", "x.bin")
+    assert "not one of euler, unipc, dpm++" in fails(capsys, *argv, "--solver", "heun")
 
 
 def test_a_run_that_made_nothing_may_start_again_with_another_config(capsys, tmp_path):

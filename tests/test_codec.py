@@ -100,7 +100,7 @@ def wrong_videos():
         "no frames": (video[:0], "got 0: there is nothing in it"),
         "channels first": (np.moveaxis(video, -1, 0), r"\[3, 5, 8, 12\]: move axis 0 to the end"),
         "channels second": (np.moveaxis(video, -1, 1), "move axis 1 to the end"),
-        "a batch": (video[None], "one video, channels last"),
+        "a batch": (video[None], "pass a list of videos, each with channels last"),
         "grey": (video[..., :1], "channels last"),
         "NaN": (some_nan, "3 of 1440 values are NaN or infinite"),
         "bytes as floats": (floats + 200, r"values in \[-1, 1\], this one up to 200: pass uint8, or divide by 127.5"),
@@ -134,3 +134,10 @@ def test_wrong_latents_are_refused_in_words(codec, latents, message):
 def test_tiles_off_the_grid_are_refused(tile, overlap):
     with pytest.raises(UserError, match="use multiples of 2, the overlap smaller than the tile"):
         Codec(CONFIG, PARAMS, tile=tile, overlap=overlap)
+
+
+def test_a_codec_refuses_what_does_not_belong_together(codec):
+    with pytest.raises(UserError, match="not those of a VAE of this config"):
+        Codec(codec.config, {})
+    with pytest.raises(UserError, match="overlap of 16 pixels without tiles"):
+        Codec(codec.config, codec.params, overlap=16)

@@ -11,7 +11,7 @@ from flax import nnx
 from random_params import assert_close, random_params
 
 from sorax.dit import REMAT, DiT, DiTConfig
-from sorax.functional import abstract, count, init
+from sorax.functional import init
 from sorax.patchify import patchify, positions
 from sorax.text import MAX_SLOTS, slot_bias
 
@@ -175,15 +175,3 @@ def test_an_unknown_remat_policy_is_named(packed):
 def test_an_untrained_network_predicts_no_velocity(packed):
     params = jax.jit(lambda: init(DiT, CONFIG, jax.random.key(0, impl="rbg")))()
     np.testing.assert_array_equal(forward(params, {}, packed[0]), 0.0)
-
-
-@pytest.mark.parametrize(
-    "size, number, config",
-    [
-        ("1.3B", 1_418_996_800, DiTConfig()),
-        ("5B", 4_999_787_712, DiTConfig(in_channels=48, out_channels=48, num_heads=24, ffn_dim=14336)),
-        ("14B", 14_288_491_584, DiTConfig(num_layers=40, num_heads=40, ffn_dim=13824)),
-    ],
-)
-def test_published_sizes_of_wan(size, number, config):
-    assert count(abstract(DiT, config)[1]) == number

@@ -325,7 +325,7 @@ def test_validation_looks_where_the_config_says(tiny_run, from_shards, tmp_path)
 
 def test_latents_are_made_with_the_tokenizer_that_is_named_so_that_they_can_be_mixed(tiny_run, from_shards, tmp_path):
     config = tiny_config(f"vae.path={tiny_run}/vae", "data.world.fps=3.0", "data.world.num_samples=6")
-    encode_experiment(config, "", str(tmp_path / "same"), num_shards=2, tokenizer_folder=from_shards)
+    encode_experiment(config, "", str(tmp_path / "same"), num_shards=2, tokenizer=from_shards)
     encode_experiment(config, "", str(tmp_path / "other"))
 
     def mixed(folder, workdir):

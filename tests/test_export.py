@@ -1,24 +1,31 @@
 """Weights in and out: the name tables, what is written, and what is refused."""
 
+import dataclasses
 import hashlib
 import json
 import pathlib
 import shutil
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from data_pipelines.text_tokens import Tokenizer
-from sorax import convert, export
+from sorax import convert, export, original_names
+from sorax.checkpoint import Checkpoints
 from sorax.dit import DiT, DiTConfig
 from sorax.encode import Codec
 from sorax.errors import UserError
+from sorax.export_comfyui import export_comfyui
+from sorax.export_weights import write_safetensors
 from sorax.functional import abstract, count
-from sorax.generate import Generator, Request
+from sorax.generate import Generator, Request, given_frames
+from sorax.sharding import path_string
 from sorax.text import TextConfig, TextEncoder
 from sorax.vae import VAE, VAEConfig
 
@@ -67,7 +74,7 @@ FULL_SIZES = {  # tensors and parameters of the published models
 def test_names_cover_every_parameter_of_full_size_models_once(name):
     cls, table, config, num_tensors, num_parameters = FULL_SIZES[name]
     names, shapes = table(config), abstract(cls, config)[1]
-    leaves = {convert.path_string(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
+    leaves = {path_string(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
     ours = [(n.ours, n.layer) for n in names]
     layers = {path: leaf.shape[0] if path.startswith("blocks/") else None for path, leaf in leaves.items()}
     expected = {(path, i) for path, n in layers.items() for i in (range(n) if n else [None])}
@@ -295,19 +302,118 @@ def tokenizer_there(networks, tmp_path_factory):
     return tokenizer
 
 
-def test_the_exported_folder_runs_in_diffusers(networks, tmp_path):
-    """Prompt to latents through WanPipeline as in our sampler, to 1e-4 of the largest: float32 sums in another order
-    (needs the extra `parity`)."""
+def generator_of(n):
+    return Generator(n.dit_config, n.dit, n.text_config, n.text, TOKENIZER, Codec(n.vae_config, n.vae))
+
+
+@pytest.mark.parametrize("solver", ["euler", "unipc", "dpm++"])
+@pytest.mark.parametrize("shape", [(5, 32, 48), (1, 48, 32)], ids=str)
+def test_the_exported_folder_runs_in_diffusers(networks, tmp_path, solver, shape):
+    """Prompt to pixels through WanPipeline as in our sampler, with a negative prompt: latents to 1e-4 of the largest,
+    float32 sums in another order, pixels within 1 of 255 (needs the extra `parity`)."""
     diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
-    out = export.export_diffusers(networks, TOKENIZER, tmp_path / "out", shift=3.0)
+    out = export.export_diffusers(networks, TOKENIZER, tmp_path / "out", shift=3.0, solver=solver)
     pipe = diffusers.WanPipeline.from_pretrained(out)
-    noise = np.random.default_rng(0).standard_normal((2, 4, 6, 4), np.float32)
-    prompt, shape, settings = "a red circle moving right </s>", (5, 32, 48), dict(guidance_scale=3.0)
+    (T, H, W), generator = shape, generator_of(networks)
+    noise = np.random.default_rng(0).standard_normal((1 + (T - 1) // 4, H // 8, W // 8, 4), np.float32)
+    prompt, settings = "a red circle moving right </s>", dict(guidance_scale=3.0)
+    their_noise = torch.from_numpy(np.moveaxis(noise, -1, 0)[None].copy())
+    options = dict(num_frames=T, height=H, width=W, num_inference_steps=4, latents=their_noise, **settings,
+                   negative_prompt="blur")  # fmt: skip
+    theirs = np.moveaxis(pipe(prompt, output_type="latent", **options).frames.numpy()[0], 0, -1)
+    request = Request(prompt, *shape, noise=noise, negative_prompt="blur")
+    ours = generator.latents([request], num_steps=4, shift=3.0, solver=solver, **settings)[0]
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
+    pixels = np.asarray(pipe(prompt, output_type="np", **options).frames[0]) * 255
+    assert np.abs(generator.codec.decode([ours])[0] - pixels).max() <= 1
+
+
+def test_a_first_frame_is_given_as_in_diffusers(networks, tmp_path):
+    """Image to video through WanImageToVideoPipeline, whose timesteps are per token and 0 on the given frame."""
+    diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
+    out = export.export_diffusers(networks, TOKENIZER, tmp_path / "out", shift=3.0, expand_timesteps=True)
+    pipe = diffusers.WanImageToVideoPipeline.from_pretrained(out)
+    shape, generator = (9, 32, 48), generator_of(networks)
+    noise = np.random.default_rng(0).standard_normal((3, 4, 6, 4), np.float32)
+    image = np.random.default_rng(1).integers(0, 256, (32, 48, 3), dtype=np.uint8)
     theirs = pipe(
-        prompt, num_frames=5, height=32, width=48, num_inference_steps=4, **settings, output_type="latent",
-        latents=torch.from_numpy(np.moveaxis(noise, -1, 0)[None].copy()),
+        Image.fromarray(image), "a red circle", num_frames=9, height=32, width=48, num_inference_steps=4,
+        latents=torch.from_numpy(np.moveaxis(noise, -1, 0)[None].copy()), guidance_scale=3.0, output_type="latent",
     ).frames.numpy()[0]  # fmt: skip
-    n = networks
-    generator = Generator(n.dit_config, n.dit, n.text_config, n.text, TOKENIZER, Codec(n.vae_config, n.vae))
-    ours = generator.latents([Request(prompt, *shape, noise=noise)], num_steps=4, shift=3.0, **settings)[0]
+    given = given_frames(generator.codec, {0: image[None]}, *shape)
+    request = Request("a red circle", *shape, noise=noise, given=given)
+    ours = generator.latents([request], num_steps=4, shift=3.0, guidance_scale=3.0)[0]
     np.testing.assert_allclose(ours, np.moveaxis(theirs, 0, -1), rtol=0, atol=1e-4 * np.abs(theirs).max())
+
+
+# --- Wan's own names, and what stays on the disk
+
+
+def test_own_names_of_wan_are_those_that_diffusers_reads():
+    """What diffusers does to read single-file checkpoints turns them into its own names."""
+    pytest.importorskip("diffusers", reason="needs the extra `parity`")
+    import torch
+    from diffusers.loaders import single_file_utils
+
+    dit, vae = DiTConfig(num_layers=2), VAEConfig()
+    pairs = (
+        (original_names.dit_names(dit), convert.dit_names(dit), single_file_utils.convert_wan_transformer_to_diffusers),
+        (original_names.vae_names(vae), convert.vae_names(vae), single_file_utils.convert_wan_vae_to_diffusers),
+    )
+    for own, theirs, read in pairs:
+        found = read({name.theirs: torch.full((1,), i) for i, name in enumerate(own)})
+        assert {key: int(value) for key, value in found.items()} == {n.theirs: i for i, n in enumerate(theirs)}
+
+
+def test_own_names_of_the_second_generation_are_nested_by_stage():
+    config = VAEConfig(base_width=8, latent_channels=4, shortcuts=True, pixel_patch=2)
+    names = [name.theirs for name in original_names.vae_names(config)]
+    assert len(set(names)) == len(names) == len(convert.vae_names(config))
+    assert {
+        "encoder.downsamples.0.downsamples.0.residual.0.gamma", "decoder.upsamples.3.upsamples.2.residual.6.bias",
+        "encoder.downsamples.1.downsamples.2.time_conv.weight", "decoder.head.2.weight", "conv1.weight",
+    } <= set(names)  # fmt: skip
+
+
+def test_comfyui_export_has_the_same_tensors_in_single_files(networks, tmp_path):
+    metadata = {"name": "tiny", "step": 7}
+    out = export_comfyui(networks, TOKENIZER, tmp_path / "out", shift=3.0, dtype="f32", metadata=metadata)
+    dit, vae = (load_file(out / file) for file in ("diffusion_models/tiny.safetensors", "vae/tiny_vae.safetensors"))
+    reference = load_file(WAN / "transformer" / WEIGHTS["transformer"])
+    np.testing.assert_array_equal(dit["blocks.1.self_attn.q.weight"], reference["blocks.1.attn1.to_q.weight"])
+    np.testing.assert_array_equal(dit["head.modulation"], reference["scale_shift_table"])
+    assert len(dit) == len(reference) and "decoder.middle.1.to_qkv.weight" in vae
+    text = load_file(out / "text_encoders" / "tiny_text.safetensors")
+    assert text.keys() == load_file(WAN / "text_encoder" / WEIGHTS["text_encoder"]).keys()
+    assert "After 7 training steps" in (out / "README.md").read_text()
+
+
+def test_a_stored_run_exports_as_a_loaded_one(networks, tmp_path):
+    """Layer by layer from the checkpoint: the same bytes in every format."""
+    tree = dict(dit=networks.dit, text=networks.text)
+    checkpoints = Checkpoints(str(tmp_path))
+    checkpoints.save(3, {"params": jax.tree.map(jnp.asarray, tree)}, {})
+    checkpoints.wait()
+    stored, step = checkpoints.stored(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree), "params")
+    checkpoints.close()
+    assert step == 3
+    one = stored["dit"]["blocks"]["mlp_in"]["kernel"]
+    assert one.shape == networks.dit["blocks"]["mlp_in"]["kernel"].shape and one.dtype == np.float32
+    assert_trees_equal(jax.tree.map(np.asarray, stored), tree)
+    kept = dataclasses.replace(networks, dit=stored["dit"], text=stored["text"])
+    for name, write in (("a", export.export_diffusers), ("b", export.export_safetensors), ("c", export_comfyui)):
+        folders = [write(n, TOKENIZER, tmp_path / name / str(i), shift=3.0, dtype="f32", metadata={"name": "x"})
+                   for i, n in enumerate((networks, kept))]  # fmt: skip
+        files = [{str(f.relative_to(out)): f.read_bytes() for f in out.rglob("*") if f.is_file()} for out in folders]
+        assert files[0] == files[1]
+
+
+def test_files_that_are_written_piece_by_piece_are_safetensors(tmp_path):
+    values = {name: np.random.default_rng(i).standard_normal(shape).astype(np.float32)
+              for i, (name, shape) in enumerate({"a": (3, 4), "b": (), "c": (0, 2), "d": (5,)}.items())}  # fmt: skip
+    hashes = write_safetensors(
+        tmp_path / "x.safetensors", {k: (v.shape, v.dtype, list(v) if v.ndim == 2 else [v]) for k, v in values.items()}
+    )
+    found = load_file(tmp_path / "x.safetensors")
+    assert_trees_equal(found, values)
+    assert hashes == {k: hashlib.sha256(v.tobytes()).hexdigest() for k, v in values.items()}

@@ -211,3 +211,15 @@ def test_bad_crops_and_empty_sources_are_refused():
         VideoClipSource([], batch_size=1, seed=0)
     with pytest.raises(UserError, match=r"4n \+ 1"):
         VideoClipSource(Clips(), batch_size=1, seed=0, crop=(8, 16, 16))
+    with pytest.raises(UserError, match=r"2n \+ 1 frames \(1, 3, 5, 7"):
+        VideoClipSource(Clips(), batch_size=1, seed=0, crop=(8, 16, 16), temporal_stride=2)
+    for crop in ((5, 16), (5, 16, -1), (5, 16.0, 16), 5):
+        with pytest.raises(UserError, match="it is \\(frames, height, width\\)"):
+            VideoClipSource(Clips(), batch_size=1, seed=0, crop=crop)
+
+
+def test_a_crop_that_no_clip_reaches_is_said(capsys):
+    VideoClipSource(Clips(), batch_size=1, seed=0, crop=(0, 2000, 2000))
+    assert "no clip is larger than the crop of (0, 2000, 2000)" in capsys.readouterr().out
+    VideoClipSource(Clips(), batch_size=1, seed=0, crop=(1, 0, 0))
+    assert not capsys.readouterr().out

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 from labelled_examples import Examples
+from random_params import random_params
 
 from sorax import config as config_lib
 from sorax import objectives, sharding
 from sorax.errors import UserError
-from sorax.vae import VAEConfig
+from sorax.vae import VAE, VAEConfig
 
 
 def started(workdir, config, **mesh):
@@ -50,7 +51,8 @@ def test_a_batch_that_the_mesh_cannot_share_is_refused(tmp_path):
 
 def test_another_mesh_has_the_same_data(tmp_path, monkeypatch, capsys):
     config = tiny_config("data.batch=8", "data.row_tokens=64", "data.row_text=64", "model.patch_size=(1, 2, 2)")
-    vae = config_lib.build(VAEConfig, config.vae.model, "model"), {}, "none"
+    vae_config = config_lib.build(VAEConfig, config.vae.model, "model")
+    vae = vae_config, random_params(VAE, vae_config)[1], "none"
     examples = Examples(40)
     examples.identity = "these"
     monkeypatch.setattr(objectives, "prepare_vae", lambda *_: vae)

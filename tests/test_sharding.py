@@ -15,7 +15,7 @@ from sorax.dit import DiT, DiTConfig
 from sorax.errors import UserError
 from sorax.functional import abstract
 from sorax.optim import OptimConfig, make_tx
-from sorax.text import TextEncoder
+from sorax.text import TextConfig, TextEncoder
 from sorax.train import TrainState, make_step
 from sorax.vae import VAE, VAEConfig
 
@@ -67,7 +67,7 @@ def task(tmp_path_factory):
     batch = next(made[1].batches(0))
     shapes = jax.eval_shape(made[0].init, jax.random.key(0))
     model = config_lib.build(DiTConfig, config.model, "model")
-    text = config_lib.build(objectives.TextConfig, config.text, "text")
+    text = config_lib.build(TextConfig, config.text, "text")
     params = dict(dit=random_params(DiT, model)[1], text=random_params(TextEncoder, text)[1])
     assert jax.tree.map(np.shape, params) == jax.tree.map(lambda x: x.shape, shapes)
     on = dict(zip(("one", *(tuple(sizes.items()) for sizes in MESHES)), zip(made, meshes)))
@@ -103,7 +103,7 @@ def test_parameters_and_optimizer_are_really_split(task, sizes):
         "dit/blocks/self_attention/o/kernel": (L, D // t, D // f),
         "dit/blocks/mlp_in/kernel": (L, D // f, F // t),
         "dit/blocks/mlp_out/kernel": (L, F // t, D // f),
-        "dit/patch_embed/kernel": (P, D // f),
+        "dit/patch_embed/kernel": (P, D // (f * t)),
         "dit/proj_out/kernel": (D // f, P),
         "dit/blocks/norm_scale": (L, D),
         "text/embedding": (512, V // f // t),

@@ -140,7 +140,11 @@ def test_a_stream_refuses_what_the_vae_does_not_take():
         DecodeStream(config, params).push(np.full((1, 2, 2, 3), np.nan, np.float32))
     with pytest.raises(UserError, match="a multiple of the temporal stride 4"):
         EncodeStream(config, params, 6)
-    assert EncodeStream(config, params).finish() == []
+    latents = np.zeros((1, 2, 2, 3), np.float32)
+    for stream, items in ((EncodeStream(config, params), VIDEO[:1]), (DecodeStream(config, params), latents)):
+        assert stream.finish() == []
+        with pytest.raises(UserError, match="this stream is finished"):
+            stream.push(items)
 
 
 @given(length=st.integers(1, 300), tile=st.integers(2, 80), overlap=st.integers(0, 79))

@@ -1,6 +1,7 @@
 """The tokenizer: any caption comes back, the same captions make the same tokenizer, and bad files are named."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ def test_captions_of_the_world_take_a_token_a_word():
 
 def test_the_same_captions_make_the_same_tokenizer():
     again = Tokenizer.train(CAPTIONS[::-1], 512)
-    assert again.text == TOKENIZER.text and again.identity == TOKENIZER.identity
+    assert again.content == TOKENIZER.content and again.identity == TOKENIZER.identity
     for captions, size in ((CAPTIONS[1:], 512), (CAPTIONS, 300)):
         assert Tokenizer.train(captions, size).identity != TOKENIZER.identity
     assert Tokenizer.train(CAPTIONS, 300).vocab_size == 300
@@ -106,7 +107,7 @@ SPOILT = {
 def test_a_spoilt_file_is_named_with_the_reason(name, tmp_path):
     spoil, reason = SPOILT[name]
     if spoil:
-        (tmp_path / "tokenizer.json").write_text(spoil(TOKENIZER.text))
+        (tmp_path / "tokenizer.json").write_text(spoil(TOKENIZER.content.decode()))
     with pytest.raises(UserError, match=f"tokenizer.json .*{reason}"):
         Tokenizer.load(tmp_path)
 
@@ -133,3 +134,59 @@ def test_a_run_folder_keeps_its_tokenizer(tmp_path, monkeypatch):
     assert prepare_tokenizer(["other"], 300, tmp_path).identity == made.identity
     with pytest.raises(UserError, match=rf"tokenizer.json has {made.vocab_size} tokens.*vocab_size is 260"):
         prepare_tokenizer(["first"], 260, tmp_path)
+
+
+# --- Other tokenizers
+
+FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "tokenizers"
+REFERENCE = json.loads((FIXTURES / "ids.json").read_text())
+
+
+def others():
+    t5 = {name: Tokenizer.load(FIXTURES / name) for name in ("t5", "t5_json")}
+    return t5 | {"byt5": Tokenizer.of_bytes()}
+
+
+@pytest.mark.parametrize("name", ["t5", "t5_json", "byt5"])
+def test_ids_are_those_of_transformers(name):
+    """200 prompts in many scripts, with emoji, NUL, empty and over-long ones; those that do not fit are refused."""
+    tokenizer, refused = others()[name], 0
+    for prompt, expected in zip(REFERENCE["prompts"], REFERENCE[name.removesuffix("_json")], strict=True):
+        if len(expected) == MAX_TOKENS:  # cut off there
+            with pytest.raises(UserError, match="at most 511 fit"):
+                tokenizer.encode(prompt)
+            refused += 1
+        else:
+            np.testing.assert_array_equal(tokenizer.encode(prompt), expected)
+    assert len(REFERENCE["prompts"]) == 200 and 0 < refused < 40
+
+
+@pytest.mark.parametrize("name", ["t5", "t5_json", "byt5"])
+def test_other_tokenizers_are_kept_and_found_again(name, tmp_path):
+    tokenizer = others()[name]
+    assert not Tokenizer.is_in(tmp_path)
+    tokenizer.save(tmp_path)
+    loaded = Tokenizer.load(tmp_path, tokenizer.vocab_size)
+    assert Tokenizer.is_in(tmp_path) and loaded.identity == tokenizer.identity
+    caption = "a red circle moving right"
+    np.testing.assert_array_equal(loaded.encode(caption), tokenizer.encode(caption))
+    assert loaded.decode([*loaded.encode(caption), PAD_ID]) == caption
+
+
+def test_a_run_takes_the_tokenizer_that_is_wanted(tmp_path):
+    folder = str(FIXTURES / "t5")
+    assert prepare_tokenizer([], 800, tmp_path / "a", folder).identity == Tokenizer.load(folder).identity
+    assert prepare_tokenizer([], 384, tmp_path / "b", "bytes").identity == Tokenizer.load(tmp_path / "b").identity
+    with pytest.raises(UserError, match=r"another tokenizer than config\.data\.tokenizer 'bytes'"):
+        prepare_tokenizer([], 800, tmp_path / "a", "bytes")
+    with pytest.raises(UserError, match=r"has 384 tokens, but config\.text\.vocab_size is 300"):
+        prepare_tokenizer([], 300, tmp_path / "c", "bytes")
+    with pytest.raises(UserError, match=r"tokenizer\.json cannot be read"):
+        prepare_tokenizer([], 800, tmp_path / "d", str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize("content, reason", [(b"no model", "is no tokenizer"), (b"", "is no tokenizer")])
+def test_a_spoilt_sentencepiece_model_is_named(content, reason, tmp_path):
+    (tmp_path / "spiece.model").write_bytes(content)
+    with pytest.raises(UserError, match=f"spiece.model .*{reason}"):
+        Tokenizer.load(tmp_path)

@@ -14,14 +14,16 @@ import orbax.checkpoint as ocp
 import pytest
 from conftest import tiny_config
 
-from sorax import objectives, sharding
+from sorax import cli, objectives, sharding
 from sorax.checkpoint import ITEMS
+from sorax.errors import UserError
 from sorax.optim import OptimConfig, make_tx
-from sorax.train import TrainState, make_step, train
+from sorax.runlog import Trace
+from sorax.train import TrainState, _exact, _rates, make_step, train
 
 STEPS, SAVED, INTERRUPTED = 4, 2, 3  # the third step is lost, and done again
 KEEPING = f"every={SAVED}", "keep=2"
-TIMING = ("_per_s", "step_seconds")  # the only metrics that may differ
+TIMING = ("_per_s", "step_seconds", "mfu")  # the only metrics that may differ
 
 
 def interrupt(workdir, config, monkeypatch):
@@ -117,8 +119,12 @@ def test_an_interrupted_vae_run_resumes_bit_identical(vae_run, vae_config, tmp_p
 
 
 def test_an_interrupted_dit_run_resumes_bit_identical(vae_run, tmp_path, monkeypatch):
+    """With all that may be switched on: what has a state is checkpointed, what draws goes on where it was."""
     keeping = [f"checkpoint.{setting}" for setting in KEEPING]
     config = tiny_config(f"vae.path={vae_run}", f"train.steps={STEPS}", "train.log_every=1", *keeping)
+    config.optim.update(optimizer="schedule_free", schedule="constant", clip_sigmas=3.0)
+    config.flow.update(sigma="mode", shift_tokens=8, skip_share=0.5, skip_layers=(0, 1))
+    config.model.update(mup_base_width=64)
     straight, workdir = str(tmp_path / "straight"), str(tmp_path / "resumed")
     train(config, straight)
     interrupt(workdir, config, monkeypatch)
@@ -175,3 +181,64 @@ def test_micro_batches_stay_on_their_devices():
     text = program.lower(state, batch, {}).compile().as_text()
     assert "all-reduce" in text
     assert not re.findall("all-gather|all-to-all|collective-permute", text)
+
+
+def test_speed_is_what_was_done_over_the_time_it_took():
+    work = [dict(tokens=100, useful_tokens=80, model_flops=3e12), dict(tokens=100, useful_tokens=70, model_flops=2e12)]
+    rates = _rates(work, seconds=4.0, peak=10e12)
+    assert rates == dict(tokens_per_s=50, useful_tokens_per_s=37.5, model_flops_per_s=1.25e12, useful_fraction=0.75,
+                         mfu=0.125, step_seconds=2.0)  # fmt: skip
+    assert "mfu" not in _rates(work, seconds=4.0, peak=0)  # of a CPU nobody knows the peak
+    assert _rates([dict(frames=6)], seconds=2.0, peak=1.0) == dict(frames_per_s=3, step_seconds=2.0)
+
+
+def test_speed_is_that_of_all_processes(monkeypatch):
+    """Two processes with other rows, and two that share the same rows; sums are exact though float32 travels."""
+    done = 123_456_789_012_345.0
+    other = _exact(np.array([done, 7.0]))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr("sorax.train.multihost_utils.process_allgather", lambda x: np.stack([x, other]))
+    work = [dict(model_flops=done, tokens=5)]
+    assert _rates(work, 1.0, 0)["tokens_per_s"] == 12
+    assert _rates(work, 1.0, 0)["model_flops_per_s"] == pytest.approx(2 * done, rel=1e-12)
+    assert _rates(work, 1.0, 0, same=2)["tokens_per_s"] == 6
+
+
+def test_a_run_says_how_fast_it_is(vae_run, tiny_run):
+    for row in metrics_of(vae_run):
+        assert row["frames_per_s"] > 0 and row["model_flops_per_s"] > 0 and "mfu" not in row
+    row = metrics_of(tiny_run)[-1]
+    assert row["tokens_per_s"] >= row["useful_tokens_per_s"] > 0
+    assert row["useful_fraction"] == pytest.approx(row["useful_tokens_per_s"] / row["tokens_per_s"])
+
+
+def test_a_profile_is_a_trace_in_the_run_folder(tmp_path, monkeypatch):
+    """Of the steps that are asked for, counted from where the run goes on."""
+    seen = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: seen.append(folder))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: seen.append("stopped"))
+    log = Trace(str(tmp_path), (2, 4), first=10)
+    state, steps = jnp.zeros(2), {}
+    with log:
+        for step in range(10, 16):
+            log.at(step, state)
+            steps[step] = len(seen)
+    assert steps == {10: 0, 11: 0, 12: 1, 13: 1, 14: 2, 15: 2} and seen == [str(tmp_path / "profile"), "stopped"]
+    with pytest.raises(KeyboardInterrupt), Trace(str(tmp_path), (0, 9)) as log:
+        log.at(0, state)
+        raise KeyboardInterrupt
+    assert len(seen) == 4  # a trace that is begun is ended
+
+
+def test_a_profile_is_written(tmp_path):
+    with Trace(str(tmp_path), (0, 1)) as trace:
+        trace.at(0, jnp.zeros(2))
+        trace.at(1, jax.jit(jnp.sin)(jnp.zeros(2)))
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+@pytest.mark.parametrize("text", ["5", "5:", "3:3", "9:2", "a:b", "-1:4"])
+def test_steps_to_profile_are_a_range(text):
+    with pytest.raises(UserError, match="10:13"):
+        cli._steps(text)
+    assert cli._steps("0:2") == (0, 2)

@@ -6,16 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import tiny_config
 from flax import nnx
 from random_params import random_params
 
-from sorax import functional, objectives
+from sorax import functional, objectives, sharding
 from sorax.discriminator import Discriminator, DiscriminatorConfig, adaptive_weight, discriminator_loss, generator_loss
 from sorax.errors import UserError
 from sorax.inflate import inflate
 from sorax.vae import VAE, VAEConfig
 from sorax.vae_losses import haar_details, kl_divergence, laplacian_pyramid, multiscale_error, wavelet_error
-from sorax.vae_objective import _make_loss
+from sorax.vae_objective import _make_loss, vae_objective
 
 MODEL = VAEConfig(base_width=4, width_multipliers=(1, 2), num_res_blocks=1, latent_channels=3,
                   temporal_downsample=(True,), pixel_patch=2)  # fmt: skip
@@ -193,3 +194,25 @@ def test_weights_of_another_architecture_are_refused_by_name():
     start["encoder"]["conv_in"]["bias"] = np.zeros(7)
     with pytest.raises(UserError, match=r"bias is \(7,\), not \(4,\); latents_mean is missing; extra has no place"):
         inflate(params, start, "a VAE")
+
+
+STAGES = {
+    "no dict": ((5,), r"stages\[0\] is 5: a stage is a dict"),
+    "no steps": (({"batch": 2},), r"stages\[0\] has no `steps`"),
+    "no number": (({"steps": 0},), "has steps=0"),
+    "a slip": (({"steps": 1, "bacth": 2},), "sets 'bacth': did you mean 'batch'"),
+    "half a crop": (
+        ({"steps": 1, "crop": (1, 0, 0)}, {"steps": 1, "crop": (9, 48)}), r"stages\[1\]: crop \(9, 48\): it is",
+    ),
+    "a crop off the grid": (({"steps": 1, "crop": (8, 0, 0)},), r"stages\[0\]: .* 2n \+ 1 frames"),
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_that_cannot_be_is_refused_before_anything_is_trained(name, tmp_path):
+    config = tiny_config().vae
+    with config.unlocked():
+        config.data.stages, config.data.path = STAGES[name][0], "world"
+    objectives.complete(config)
+    with pytest.raises(UserError, match=STAGES[name][1]):
+        vae_objective(config, str(tmp_path), sharding.local_mesh())

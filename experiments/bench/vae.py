@@ -11,12 +11,12 @@ the largest difference of results is printed too.
 
 import argparse
 import os
-import subprocess
 import sys
 import tempfile
-import time
 
 import numpy as np
+
+from experiments.bench import sides
 
 TASKS = ("encode", "decode", "train")
 SIDES = ("ours", "diffusers", "plain")
@@ -159,40 +159,10 @@ def inputs(clip):
 
 
 def serve(options):
-    """A side's process: runs a task for each line that it reads, and answers with its times and the result's file."""
+    """A side's process."""
     arrays = inputs(options.clip)
     tasks = theirs(options, arrays) if options.side == "diffusers" else ours(options, arrays, options.side == "plain")
-    print("ready", flush=True)
-    for line in sys.stdin:
-        task = line.strip()
-        wall, cpu = time.perf_counter(), time.process_time()
-        result = tasks[task]()
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        np.save(f"{options.weights}.{options.side}.{task}.npy", result)
-        print(cpu, wall, flush=True)
-
-
-class Side:
-    """A process of `serve`."""
-
-    def __init__(self, name, options, python):
-        T, H, W = options.clip
-        command = [python, "-m", "experiments.bench.vae", "--side", name, "--weights", options.weights, "--clip",
-                   f"{T}x{H}x{W}", "--base-width", str(options.base_width)]  # fmt: skip
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._answer()
-
-    def _answer(self):
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"a process of the benchmark ended with {self.process.wait()}: see its error above")
-        return line
-
-    def run(self, task):
-        """(CPU seconds, seconds)."""
-        self.process.stdin.write(task + "\n")
-        self.process.stdin.flush()
-        return tuple(map(float, self._answer().split()))
+    sides.serve({name: lambda run=run: dict(result=run()) for name, run in tasks.items()}, options.prefix)
 
 
 def main():
@@ -202,6 +172,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--python", default=sys.executable, help="interpreter with diffusers and PyTorch")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--prefix", help=argparse.SUPPRESS)
     parser.add_argument("--weights", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
@@ -209,28 +180,23 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         options.weights = os.path.join(folder, "weights.npz")
         write_weights(options.weights, options.base_width)
-        sides = {name: Side(name, options, options.python if name == "diffusers" else sys.executable) for name in SIDES}
         shown = "x".join(map(str, options.clip))
+        arguments = ["--weights", options.weights, "--clip", shown, "--base-width", str(options.base_width)]
+        all_sides = sides.start("experiments.bench.vae", SIDES, folder, dict(diffusers=options.python), arguments)
         print(f"base width {options.base_width}, a clip of {shown}, fp32, {os.cpu_count()} threads, load "
               f"{os.getloadavg()[0]:.1f}; medians of {options.rounds} rounds")  # fmt: skip
         for task in TASKS:
-            times = {name: [] for name in SIDES}
-            for k in range(options.rounds + 1):
-                for name, side in sides.items():
-                    taken = side.run(task)
-                    if k:  # the first compiles
-                        times[name].append(taken)
-                if not k:
-                    results = {name: np.load(f"{options.weights}.{name}.{task}.npy") for name in SIDES}
-            cpu, wall = np.median(np.array([times[name] for name in SIDES]), axis=1).T
+            for side in all_sides.values():
+                side.run(task)  # compiles; and later losses would differ by what rounding does to the weights
+            results = {name: side.result(task)["result"] for name, side in all_sides.items()}
+            cpu, wall = sides.median_times([(side, task) for side in all_sides.values()], options.rounds).T
             each = ", ".join(f"{name} {c:.2f} ({w:.2f})" for name, c, w in zip(SIDES, cpu, wall))
             scale = np.abs(results["diffusers"]).max()
             off = max(np.abs(results[name] - results["diffusers"]).max() for name in SIDES) / scale
             print(f"{task:>7}: CPU seconds (seconds) {each}; diffusers / ours {cpu[1] / cpu[0]:.2f}, plain / ours "
                   f"{cpu[2] / cpu[0]:.2f}; results within {off:.1e}", flush=True)  # fmt: skip
-        for side in sides.values():
-            side.process.stdin.close()
-            side.process.wait()
+        for side in all_sides.values():
+            side.close()
 
 
 if __name__ == "__main__":

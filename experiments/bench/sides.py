@@ -1,0 +1,80 @@
+"""Programs of several libraries measured side by side: a process each, one at work at a time, in turns."""
+
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+
+def serve(tasks, prefix: str):
+    """Main loop of a side's process: runs a task for each line of stdin and answers with its CPU seconds and seconds.
+
+    tasks: name -> function () -> dict of arrays, which are written to `PREFIX.TASK.npz`.
+    """
+    print("ready", flush=True)
+    for line in sys.stdin:
+        task = line.strip()
+        wall, cpu = time.perf_counter(), time.process_time()
+        result = tasks[task]()
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        np.savez(f"{prefix}.{task}.npz", **result)
+        print(cpu, wall, flush=True)
+
+
+class Side:
+    """A process that runs `serve`."""
+
+    def __init__(self, command: list[str], prefix: str):
+        self.prefix = prefix
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        while self._answer() != "ready":  # libraries greet on stdout
+            pass
+
+    def _answer(self):
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"a process of the benchmark ended with {self.process.wait()}: see its error above")
+        return line.strip()
+
+    def run(self, task):
+        """(CPU seconds, seconds) of a task."""
+        self.process.stdin.write(task + "\n")
+        self.process.stdin.flush()
+        return tuple(map(float, self._answer().split()))
+
+    def result(self, task):
+        """What the task gave when it ran last."""
+        with np.load(f"{self.prefix}.{task}.npz") as arrays:
+            return dict(arrays)
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def start(module: str, names, folder: str, python: dict, arguments) -> dict[str, Side]:
+    """A side for each name: `python -m MODULE --side NAME --prefix FOLDER/NAME ARGUMENTS`.
+
+    python: interpreter by name, for those that need another than this one.
+    """
+    sides = {}
+    for name in names:
+        prefix = os.path.join(folder, name)
+        command = [python.get(name, sys.executable), "-m", module, "--side", name, "--prefix", prefix, *arguments]
+        sides[name] = Side(command, prefix)
+    return sides
+
+
+def median_times(pairs, rounds: int):
+    """Runs each (side, task), in turns. Each should have run before, so that what it compiles is not counted.
+
+    Returns:
+        medians `[pairs, 2]`: CPU seconds, seconds.
+    """
+    times = [[] for _ in pairs]
+    for _ in range(rounds):
+        for (side, task), taken in zip(pairs, times):
+            taken.append(side.run(task))
+    return np.median(np.array(times), axis=1)

@@ -1,0 +1,203 @@
+"""What a DiT learns from packed rows, as functions of arrays: parameters, loss, shapes of a batch. It reads no data.
+
+Legend: B rows, N tokens of a row, M text slots of a row, P patch size flattened, S samples of a row.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sorax import config as config_lib
+from sorax import flow, functional, mup, routing, sharding
+from sorax.attention import attention
+from sorax.dit import DiT, DiTConfig
+from sorax.errors import UserError
+from sorax.optim import OptimConfig
+from sorax.text import TextConfig, TextEncoder, drop_captions, slot_bias
+from sorax.vae import VAEConfig
+
+SIGMA_BINS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowConfig:
+    """The `flow` section of a DiT experiment: how rows are noised, what is given, which tokens skip layers."""
+
+    sigma: str = "logit_normal"  # distribution of noise levels: logit_normal, uniform or mode, see `flow.draw_sigma`
+    sigma_mean: float = 0.0
+    sigma_std: float = 1.0
+    mode_scale: float = 1.29
+    train_shift: float = 1.0
+    shift_tokens: int = 0  # samples of so many tokens have train_shift, others by the square root; 0: all have it
+    skip_share: float = 0.0  # of each sample's tokens, which skip layers in training (TREAD)
+    skip_layers: tuple[int, int] = (1, -1)  # the first layer that they skip, and the first that they do not
+    sample_shift: float = 3.0
+    caption_dropout: float = 0.1
+    # weights of nothing given, first latent frame, last, both ends, first k
+    given: tuple[float, float, float, float, float] = (0.6, 0.15, 0.05, 0.1, 0.1)
+
+    def __post_init__(self):
+        if self.sigma not in flow.SIGMA_KINDS:
+            raise ValueError(f"sigma is {self.sigma!r}: use one of {', '.join(flow.SIGMA_KINDS)}")
+        if not 0 <= self.skip_share < 1:
+            raise ValueError(f"skip_share is {self.skip_share}: it is a share of the tokens, from 0 to below 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTTask:
+    """Networks and loss of a DiT experiment.
+
+    What the training step needs of an `Objective` has the same name here.
+
+    init: key -> params of what is trained, dict(dit=, text=) or one of them.
+    loss: (params, batch, key, step, constants) -> {name: (sum, weight)}, as an `Objective` has it.
+    validation: (params, batch, sigma, key, constants) -> (summed error, tokens) at one noise level, nothing given.
+    frozen: shapes, types and places of the networks that are not trained, the `constants` of the loss.
+    batch_shapes: shapes and types of the arrays of a step's batch, of all processes together.
+    routing: which tokens skip layers in training, in the words of `flops.dit_forward`.
+    """
+
+    model: DiTConfig
+    text_model: TextConfig
+    flow: FlowConfig
+    init: Callable
+    loss: Callable
+    validation: Callable
+    batch_shapes: dict[str, jax.ShapeDtypeStruct]
+    optims: dict[str, OptimConfig]
+    lr_factor: Callable | None
+    frozen: dict
+    routing: dict[str, Any]
+    averaged: Callable = lambda params: params
+
+
+def check_rows(data, model: DiTConfig, mesh):
+    """Raises UserError where a mesh cannot share the rows of a batch, their tokens or the heads equally."""
+    here = sharding.batch_parts(mesh)
+    if data.batch % here:
+        raise UserError(f"config.data.batch is {data.batch} rows, which {here} data-parallel ranks cannot share "
+                        "equally: make it a multiple, or set mesh.data x mesh.fsdp to a divisor of it")  # fmt: skip
+    sharding.check_rows(mesh, model.num_heads, data.row_tokens)
+
+
+def check_networks(model: DiTConfig, text_model: TextConfig, vae: VAEConfig):
+    """Raises UserError where the widths of the networks do not fit together."""
+    if model.in_channels != vae.latent_channels or text_model.width != model.text_dim:
+        raise UserError(
+            f"config.model takes {model.in_channels} latent channels and text of width {model.text_dim}, but the VAE "
+            f"makes {vae.latent_channels} and config.text {text_model.width}: make them equal"
+        )
+
+
+def mesh_options(mesh) -> dict:
+    """What `DiT.__call__` takes to run on a mesh."""
+    attend, attend_text = sharding.attention_on(mesh, attention)
+    return dict(constrain=sharding.activation_constraint(mesh), attend=attend, attend_text=attend_text)
+
+
+def dit_task(config, data, settings, mesh) -> DiTTask:
+    """Rectified flow over packed latent rows, with the text encoder trained along.
+
+    Args:
+        config: of a DiT experiment. data: its `DataConfig`. settings: its `TrainConfig`.
+        mesh: what it runs on; its devices need not be here.
+    """
+    from sorax.train import compute_dtype
+
+    model = config_lib.build(DiTConfig, config.model, "model")
+    text_model = config_lib.build(TextConfig, config.text, "text")
+    flow_config = config_lib.build(FlowConfig, config.flow, "flow")
+    dtype = compute_dtype(settings.dtype, mesh.devices.flat[0].platform)
+    dit_graph, _ = functional.abstract(DiT, model)
+    text_graph, _ = functional.abstract(TextEncoder, text_model)
+    S = data.max_segments
+    on_mesh = mesh_options(mesh)
+    constrain, run_options = on_mesh["constrain"], dict(on_mesh, remat=settings.remat, unroll=settings.unroll)
+
+    if flow_config.skip_share and not range(model.num_layers)[slice(*flow_config.skip_layers)]:
+        raise UserError(f"config.flow.skip_layers {flow_config.skip_layers} names none of {model.num_layers} layers: "
+                        "give the first that tokens skip and the first that they do not")  # fmt: skip
+
+    networks = dict(dit=(DiT, model), text=(TextEncoder, text_model))
+    for name in settings.freeze:
+        if name not in networks or len(set(settings.freeze)) == len(networks):
+            raise UserError(f"config.train.freeze is {settings.freeze}: name one of the networks {', '.join(networks)}")
+        if not config.get("init"):
+            raise UserError(f"config.train.freeze names {name!r}, but config.init names no weights that it could keep: "
+                            "set it to a WanPipeline folder or a run")  # fmt: skip
+
+    def init(key):
+        keys = dict(zip(networks, jax.random.split(key)))
+        made = {name: functional.init(*networks[name], keys[name]) for name in networks if name not in settings.freeze}
+        return made | (dict(dit=mup.rescale(made["dit"], model)) if "dit" in made else {})
+
+    frozen = {name: functional.abstract(*networks[name])[1] for name in settings.freeze}
+    frozen = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), frozen,
+                          sharding.shardings_for(frozen, mesh))  # fmt: skip
+
+    def velocity_error(params, batch, text_tokens, given, levels, noise_key, route=None):
+        params = functional.cast(params, dtype)
+        ids, text_ids = batch["segment_ids"], batch["text_segment_ids"]
+        noisy, target, level_index = flow.noise_rows(noise_key, batch["tokens"], given, ids, levels)
+        text = nnx.merge(text_graph, params["text"])(text_tokens, text_ids)
+        velocity = nnx.merge(dit_graph, params["dit"])(
+            noisy.astype(dtype), batch["positions"], ids, levels, level_index, text, text_ids,
+            slot_bias(text_tokens, text_ids, S), route=route, route_layers=flow_config.skip_layers, **run_options,
+        )  # fmt: skip
+        generated = (ids != 0) & ~given
+        return flow.token_loss(velocity, target, generated)[1], generated, level_index
+
+    def loss(params, batch, key, step, constants):
+        sigma_key, given_key, drop_key, noise_key = jax.random.split(key, 4)
+        batch = batch | {name: constrain(batch[name]) for name in ("tokens", "positions", "segment_ids")}
+        ids = batch["segment_ids"]
+        shift = flow_config.train_shift
+        if flow_config.shift_tokens:
+            shift = flow.shift_for_length(ids, S, shift, flow_config.shift_tokens)
+        levels = flow.draw_sigma(
+            sigma_key, (ids.shape[0], S), kind=flow_config.sigma, mean=flow_config.sigma_mean,
+            std=flow_config.sigma_std, mode_scale=flow_config.mode_scale, shift=shift,
+        )  # fmt: skip
+        levels = jnp.pad(levels, ((0, 0), (1, 0)))
+        given = flow.draw_given(given_key, batch["positions"], ids, S, flow_config.given)
+        text = drop_captions(drop_key, batch["text_tokens"], batch["text_segment_ids"], S, flow_config.caption_dropout)
+        route = None
+        if flow_config.skip_share:
+            route = routing.choose(jax.random.fold_in(key, 4), ids, S, flow_config.skip_share)
+        error, generated, level_index = velocity_error(
+            params | constants, batch, text, given, levels, noise_key, route
+        )
+        sums = dict(loss=(jnp.sum(error), jnp.sum(generated, dtype=jnp.float32)))
+        sigma = jnp.take_along_axis(levels, level_index, axis=1)
+        for k in range(SIGMA_BINS):
+            low, high = k / SIGMA_BINS, (k + 1) / SIGMA_BINS
+            inside = generated & (sigma >= low) & (sigma <= high if k == SIGMA_BINS - 1 else sigma < high)
+            sums[f"loss_sigma_{low:g}_{high:g}"] = (jnp.sum(error * inside), jnp.sum(inside, dtype=jnp.float32))
+        return sums
+
+    @jax.jit
+    def validation(params, batch, sigma, key, constants):
+        ids = batch["segment_ids"]
+        levels = jnp.full((ids.shape[0], S + 1), sigma).at[:, 0].set(0.0)
+        given = jnp.zeros(ids.shape, bool)
+        error, generated, _ = velocity_error(params | constants, batch, batch["text_tokens"], given, levels, key)
+        return jnp.sum(error), jnp.sum(generated)
+
+    return DiTTask(
+        model=model, text_model=text_model, flow=flow_config, init=init, loss=loss, validation=validation,
+        batch_shapes=row_shapes(data.batch, data.row_tokens, data.row_text, model.patch_dim),
+        optims={"": config_lib.build(OptimConfig, config.optim, "optim")}, lr_factor=mup.lr_factor(model),
+        frozen=frozen,
+        routing=dict(share=flow_config.skip_share, route_layers=flow_config.skip_layers),
+    )  # fmt: skip
+
+
+def row_shapes(B: int, N: int, M: int, P: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and types of a batch of packed rows, as `data_pipelines.rows` makes them."""
+    fields = dict(tokens=(N, P), positions=(N, 3), segment_ids=(N,), text_tokens=(M,), text_segment_ids=(M,))
+    types = dict.fromkeys(fields, jnp.int32) | dict(tokens=jnp.float32)
+    return {name: jax.ShapeDtypeStruct((B, *shape), types[name]) for name, shape in fields.items()}

@@ -1,0 +1,147 @@
+"""How long a step would take on devices that are not there: from operations, bytes and what they should cost.
+
+An estimate, not a measurement: the assumptions are the constants of this file, and a plan prints them.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from sorax.devices import Device
+from sorax.hlo import Collective
+
+MATMUL_EFFICIENCY = 0.7  # of peak, of large bfloat16 products; dense language models reach 0.6 to 0.7 as a whole
+ATTENTION_EFFICIENCY = 0.5  # of peak, of flash attention with heads of 128
+WIDTH_TRAFFIC = 68  # values of a token's width that a layer reads and writes, forward, beside its products
+BACKWARD_TRAFFIC = 2  # of the same, backward / forward
+# Backward / forward products of flash attention, which makes the scores again in both of its backward kernels: 7 / 2.
+ATTENTION_BACKWARD = 3.5
+# Forward passes of (affine layers, attention) that the backward pass repeats, by name of the remat policy.
+REPEATED = {"none": (0, 0), "dots": (0, 1), "full": (1, 1), "offload": (1, 1)}
+ON_THE_PATH = {"context", "tensor"}  # mesh axes whose traffic the next operation waits for; the others' is hidden
+
+ASSUMPTIONS = (
+    f"products reach {MATMUL_EFFICIENCY:.0%} of peak, attention {ATTENTION_EFFICIENCY:.0%} (it makes scores again in "
+    f"its two backward kernels: {ATTENTION_BACKWARD:g} times the forward products)",
+    "affine layers work on every place of a row, attention on pairs of one segment",
+    f"element-wise work reads and writes {WIDTH_TRAFFIC} widths a token, layer and forward pass from memory, "
+    f"{BACKWARD_TRAFFIC} times that backward, and is not hidden",
+    "traffic over data and fsdp is hidden behind compute, over context and tensor it is not",
+    "links run at full speed; an axis of the mesh has the links of the torus sides that it lies on",
+    "data loading, checkpoints, evaluation and stalls cost nothing",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Of one step over all devices: operations forward, and what they pass over.
+
+    affine: of affine layers, on every place of the rows. attention: of attention. places: tokens of rows, padding too.
+    width, layers: of the DiT. state: bytes of parameters, EMA, optimizer and gradients that a device holds. weights:
+    bytes of the weights that a device reads in a pass. passes: micro-batches a step.
+    """
+
+    affine: float
+    attention: float
+    places: int
+    width: int
+    layers: int
+    state: float
+    weights: float
+    passes: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Seconds of a step: compute, elementwise and memory of a device, traffic that is waited for and that is hidden.
+
+    best: were all of it at peak and hidden.
+    """
+
+    compute: float
+    elementwise: float
+    memory: float
+    exposed: float
+    hidden: float
+    best: float
+
+    @property
+    def step(self) -> float:
+        return max(self.compute + self.elementwise + self.memory, self.hidden) + self.exposed
+
+
+def estimate(work: Work, remat: str, device: Device, devices: int, sent: dict[tuple[str, ...], float]) -> Estimate:
+    """Seconds of a training step.
+
+    Args:
+        remat: policy by name. sent: seconds of traffic by mesh axes, see `traffic`.
+    """
+    affine_again, attention_again = REPEATED[remat]
+    affine = work.affine * (3 + affine_again)
+    attention = work.attention * (1 + ATTENTION_BACKWARD + attention_again)
+    peak = device.flops * devices
+    again = max(affine_again, attention_again)
+    values = work.places * work.width * work.layers * WIDTH_TRAFFIC * (1 + BACKWARD_TRAFFIC + again) / devices
+    elementwise = 2 * values / device.memory_bandwidth
+    # Parameters, moments and averages are read and written once a step, the weights in every pass.
+    memory = (2 * work.state + work.passes * (2 + again) * work.weights) / device.memory_bandwidth
+    exposed = sum(seconds for axes, seconds in sent.items() if ON_THE_PATH & set(axes))
+    hidden = sum(sent.values()) - exposed
+    return Estimate(
+        compute=affine / peak / MATMUL_EFFICIENCY + attention / peak / ATTENTION_EFFICIENCY, elementwise=elementwise,
+        memory=memory, exposed=exposed, hidden=hidden,
+        best=max((affine + attention) / peak, elementwise + memory, sum(sent.values())),
+    )  # fmt: skip
+
+
+def traffic(found: list[Collective], mesh, device: Device, dims) -> dict[tuple[str, ...], float]:
+    """Seconds that a program's communication takes, by mesh axes.
+
+    Args:
+        found: its communication. mesh: of TPU devices. dims: chips along the sides of a slice.
+    """
+    seconds = {}
+    for c in found:
+        inside, outside = axis_bandwidth(mesh, c.axes, device, dims)
+        parts = slices_along(mesh, c.axes)
+        time = c.total / inside if inside else 0.0
+        if outside:
+            # Inside a slice first; what then goes between slices is a share for each of its devices.
+            time += c.total / max(c.size / parts, 1) / outside
+        seconds[c.axes] = seconds.get(c.axes, 0.0) + time
+    return seconds
+
+
+def slices_along(mesh, axes) -> int:
+    """Over how many slices the devices of mesh axes reach."""
+    return len({getattr(d, "slice_index", None) for d in _line(mesh, axes)})
+
+
+def axis_bandwidth(mesh, axes, device: Device, dims) -> tuple[float, float]:
+    """Bytes a second that a device sends along mesh axes: inside its slice, and between slices (0: not there).
+
+    An axis that lies on k sides of the torus has k links a direction, and both directions where a side is closed to a
+    ring; an axis whose devices are not neighbours shares its links with those between them.
+    """
+    line = _line(mesh, axes)
+    outside = device.slice_bandwidth if len({getattr(d, "slice_index", None) for d in line}) > 1 else 0.0
+    first = getattr(line[0], "slice_index", None)
+    places = np.array([d.coords[: len(dims)] for d in line if getattr(d, "slice_index", None) == first])
+    links = 0.0
+    for side, length in enumerate(dims):
+        there = np.unique(places[:, side])
+        if len(there) < 2:
+            continue
+        apart = int(np.min(np.diff(there)))
+        ring = len(there) == length and length % device.full_ring == 0
+        links += (2 if ring else 1) / apart
+    if not links and not outside:
+        links = 1.0  # the two devices of a chip, whose link is at least that
+    return links * device.link_bandwidth, outside
+
+
+def _line(mesh, axes):
+    """The devices that differ from the first one along these axes only."""
+    index = tuple(slice(None) if name in axes else 0 for name in mesh.axis_names)
+    return list(np.asarray(mesh.devices[index], object).reshape(math.prod(mesh.shape[a] for a in axes)))
