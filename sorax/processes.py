@@ -90,11 +90,14 @@ def total(counts: dict) -> dict:
     """Sums of numbers over processes, all of which call it with the same names."""
     if jax.process_count() == 1:
         return counts
-    # Two float32 hold what one float64 does; without x64, JAX has no float64.
-    values = np.array(list(counts.values()), np.float64)
+    parts = multihost_utils.process_allgather(exact(np.array([counts[name] for name in sorted(counts)], np.float64)))
+    return dict(zip(sorted(counts), np.asarray(parts).sum(axis=(0, 2), dtype=np.float64).tolist()))
+
+
+def exact(values):
+    """float32 `[..., 2]` whose sums are float64 values (to 48 bits), since JAX passes no float64 between processes."""
     high = values.astype(np.float32)
-    parts = multihost_utils.process_allgather(np.stack([high, (values - high).astype(np.float32)]))
-    return dict(zip(counts, np.asarray(parts, np.float64).sum(axis=(0, 1)).tolist()))
+    return np.stack([high, (values - high).astype(np.float32)], axis=-1)
 
 
 def whole(tree):

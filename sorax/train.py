@@ -10,7 +10,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from sorax import backend, processes, sharding
 from sorax import config as config_lib
@@ -261,24 +260,13 @@ def _rates(work, seconds, peak: float, same: int = 1):
         peak: FLOP/s of all devices of the run; 0 where nobody knows: there is no MFU then.
         same: processes that have the same share.
     """
-    names = sorted(work[0])
-    total = np.array([sum(w[name] for w in work) for name in names], np.float64)
-    if jax.process_count() > 1:
-        shares = multihost_utils.process_allgather(_exact(total)).reshape(-1, len(names), 2)
-        total = shares.sum((0, 2), np.float64) / same
-    total = dict(zip(names, total.tolist()))
+    total = processes.total({name: sum(w[name] for w in work) / same for name in work[0]})
     rates = {f"{name}_per_s": count / seconds for name, count in total.items()}
     if "useful_tokens" in total:
         rates["useful_fraction"] = total["useful_tokens"] / total["tokens"]
     if peak and "model_flops" in total:
         rates["mfu"] = total["model_flops"] / seconds / peak
     return rates | {"step_seconds": seconds / len(work)}
-
-
-def _exact(values):
-    """float32 `[..., 2]` whose sums are float64 values (to 48 bits), since jax passes no float64 between processes."""
-    high = values.astype(np.float32)
-    return np.stack([high, (values - high).astype(np.float32)], axis=-1)
 
 
 def _evaluate(objective, state, step, log, workdir):
