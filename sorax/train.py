@@ -260,7 +260,8 @@ def _rates(work, seconds, peak: float, same: int = 1):
         peak: FLOP/s of all devices of the run; 0 where nobody knows: there is no MFU then.
         same: processes that have the same share.
     """
-    total = processes.total({name: sum(w[name] for w in work) / same for name in work[0]})
+    total = processes.total({name: sum(w[name] for w in work) for name in work[0]})
+    total = {name: count / same for name, count in total.items()}
     rates = {f"{name}_per_s": count / seconds for name, count in total.items()}
     if "useful_tokens" in total:
         rates["useful_fraction"] = total["useful_tokens"] / total["tokens"]

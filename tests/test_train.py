@@ -14,12 +14,12 @@ import orbax.checkpoint as ocp
 import pytest
 from conftest import tiny_config
 
-from sorax import cli, objectives, sharding
+from sorax import cli, objectives, processes, sharding
 from sorax.checkpoint import ITEMS
 from sorax.errors import UserError
 from sorax.optim import OptimConfig, make_tx
 from sorax.runlog import Trace
-from sorax.train import TrainState, _exact, _rates, make_step, train
+from sorax.train import TrainState, _rates, make_step, train
 
 STEPS, SAVED, INTERRUPTED = 4, 2, 3  # the third step is lost, and done again
 KEEPING = f"every={SAVED}", "keep=2"
@@ -195,9 +195,9 @@ def test_speed_is_what_was_done_over_the_time_it_took():
 def test_speed_is_that_of_all_processes(monkeypatch):
     """Two processes with other rows, and two that share the same rows; sums are exact though float32 travels."""
     done = 123_456_789_012_345.0
-    other = _exact(np.array([done, 7.0]))
+    other = processes.exact(np.array([done, 7.0]))
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr("sorax.train.multihost_utils.process_allgather", lambda x: np.stack([x, other]))
+    monkeypatch.setattr("sorax.processes.multihost_utils.process_allgather", lambda x: np.stack([x, other]))
     work = [dict(model_flops=done, tokens=5)]
     assert _rates(work, 1.0, 0)["tokens_per_s"] == 12
     assert _rates(work, 1.0, 0)["model_flops_per_s"] == pytest.approx(2 * done, rel=1e-12)
