@@ -69,7 +69,7 @@ def metrics(workdir):
     """Lines of metrics.jsonl; in place of rates, which depend on time, what was counted in a step."""
     rows = [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
-        seconds = row.pop("step_seconds")
+        seconds = row.pop("step_seconds", 0)  # evaluations have none
         row |= {name: value * seconds for name, value in row.items() if name.endswith("_per_s")}
     return rows
 
