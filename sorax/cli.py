@@ -221,7 +221,7 @@ def quickstart(arguments, _):
     report, exported = os.path.join(workdir, "report"), os.path.join(workdir, "diffusers")
     train(config.load_config(path, complete=complete), workdir)
     if not os.path.exists(os.path.join(report, "scores.json")):
-        _evaluate(workdir, report, 0)
+        _evaluate(workdir, report, None)
     if not os.path.exists(exported):
         _export(workdir, exported, "diffusers", "auto", "ema")
     minutes, seconds = divmod(int(time.monotonic() - began), 60)

@@ -68,8 +68,7 @@ def candidates(config, topology: Topology, video=None) -> list[Candidate]:
         lengths = [rows.tokens] * rows.samples, [rows.text] * rows.samples
         attention = batch * flops.dit_attention(model, *lengths, **task.routing)
         affine = batch * (affine_of_rows(recipe, task, row_tokens) + flops.text_forward(text, lengths[1]))
-        # Everything but the width of `tensor` and the tokens of `context` is a share of fsdp x tensor.
-        shard = parameters / (axes[1] * axes[3])
+        shard = parameters / (axes[1] * axes[2] * axes[3])
         tokens = batch / ranks * row_tokens / axes[2] / recipe.settings.accumulate
         values = KEPT[remat] * model.num_layers + WORKING[0] + WORKING[1] * model.ffn_dim / model.width
         memory = shard * (STATE_BYTES + 4) + 2 * tokens * model.width * values
@@ -102,10 +101,10 @@ def _traffic(axes, parameters, tokens, model, passes, topology, remat):
     speed = device.link_bandwidth * 2  # of one closed side, or of two open ones
     slow = device.slice_bandwidth if topology.slices > 1 else speed
     weights, width = 2 * parameters / tensor, 2 * model.width * tokens * model.num_layers * passes
-    share = {n: (n - 1) / n for n in axes}
+    share = {n: (n - 1) / n for n in (*axes, fsdp * context)}
     sent = {
-        ("fsdp",): weights * share[fsdp] * passes * (2 + repeats) + 2 * weights * share[fsdp] * passes,
-        ("data",): 4 * parameters / (tensor * fsdp) * 2 * share[data] * (speed / slow),
+        ("fsdp", "context"): weights * share[fsdp * context] * passes * (4 + repeats),
+        ("data",): 4 * parameters / (tensor * fsdp * context) * 2 * share[data] * (speed / slow),
         # q, k, v and back; a sum after attention, after attention to text and after the MLP.
         ("context",): 4 * width * share[context] * (2 + 1 + repeats) / 2,
         ("tensor",): 3 * 2 * width * share[tensor] * (2 + repeats),

@@ -19,7 +19,9 @@ BACKWARD_TRAFFIC = 2  # of the same, backward / forward
 ATTENTION_BACKWARD = 3.5
 # Forward passes of (affine layers, attention) that the backward pass repeats, by name of the remat policy.
 REPEATED = {"none": (0, 0), "dots": (0, 1), "full": (1, 1), "offload": (1, 1)}
-ON_THE_PATH = {"context", "tensor"}  # mesh axes whose traffic the next operation waits for; the others' is hidden
+# Mesh axes whose traffic the next operation waits for; the others' is hidden, and what goes over fsdp and context at
+# once: parameters are split over both.
+ON_THE_PATH = {"context", "tensor"}
 
 ASSUMPTIONS = (
     f"products reach {MATMUL_EFFICIENCY:.0%} of peak, attention {ATTENTION_EFFICIENCY:.0%} (it makes scores again in "
@@ -27,7 +29,7 @@ ASSUMPTIONS = (
     "affine layers work on every place of a row, attention on pairs of one segment",
     f"element-wise work reads and writes {WIDTH_TRAFFIC} widths a token, layer and forward pass from memory, "
     f"{BACKWARD_TRAFFIC} times that backward, and is not hidden",
-    "traffic over data and fsdp is hidden behind compute, over context and tensor it is not",
+    "traffic over data, fsdp and fsdp x context is hidden behind compute, over context or tensor alone it is not",
     "links run at full speed; an axis of the mesh has the links of the torus sides that it lies on",
     "data loading, checkpoints, evaluation and stalls cost nothing",
 )
@@ -86,7 +88,7 @@ def estimate(work: Work, remat: str, device: Device, devices: int, sent: dict[tu
     elementwise = 2 * values / device.memory_bandwidth
     # Parameters, moments and averages are read and written once a step, the weights in every pass.
     memory = (2 * work.state + work.passes * (2 + again) * work.weights) / device.memory_bandwidth
-    exposed = sum(seconds for axes, seconds in sent.items() if ON_THE_PATH & set(axes))
+    exposed = sum(seconds for axes, seconds in sent.items() if ON_THE_PATH & set(axes) and "fsdp" not in axes)
     hidden = sum(sent.values()) - exposed
     return Estimate(
         compute=affine / peak / MATMUL_EFFICIENCY + attention / peak / ATTENTION_EFFICIENCY, elementwise=elementwise,

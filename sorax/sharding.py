@@ -1,8 +1,9 @@
 """The mesh, and the one table from parameter paths to how they are split over it.
 
 Axes: `data` replicates parameters and splits the batch, `fsdp` splits both (ZeRO-3, Rajbhandari et al. 2020), `tensor`
-splits widths (Megatron, Shoeybi et al. 2019), `context` splits the tokens of a row (Ulysses, Jacobs et al. 2023) and,
-in the VAE, the height (or width) of videos. The compiler inserts the communication, but for that of attention.
+splits widths (Megatron, Shoeybi et al. 2019), `context` splits the tokens of a row (Ulysses, Jacobs et al. 2023) or, in
+the VAE, the height (or width) of videos, and parameters as `fsdp` does. The compiler inserts the communication, but for
+that of attention.
 """
 
 import collections
@@ -19,7 +20,8 @@ from sorax.errors import UserError
 
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH = ("data", "fsdp")  # what a batch is split over
-ALL = ("fsdp", "tensor")  # one dimension over both
+SHARE = ("fsdp", "context")  # what parameters are split over: devices that share a row need no copy each
+ALL = (*SHARE, "tensor")
 
 # First match wins; specs are aligned to the *last* dimensions of a parameter, so stacked layers need no rule.
 # Every tree that mirrors the parameters (EMA, optimizer moments) matches by the same paths.
@@ -28,13 +30,13 @@ ALL = ("fsdp", "tensor")  # one dimension over both
 # `tensor`: that would split the width of all activations, and they would be gathered in every block.
 RULES = (
     (r"(latents_mean|latents_std|bias|gamma|scale|norm_\w+|modulation)$", ()),
-    (r"(q|k|v|mlp_in|wi|wi_gate|text_in|time_in)/kernel$", ("fsdp", "tensor")),
-    (r"(o|mlp_out|wo|text_out|time_out)/kernel$", ("tensor", "fsdp")),
+    (r"(q|k|v|mlp_in|wi|wi_gate|text_in|time_in)/kernel$", (SHARE, "tensor")),
+    (r"(o|mlp_out|wo|text_out|time_out)/kernel$", ("tensor", SHARE)),
     (r"time_proj/kernel$", (None, ALL)),
-    (r"patch_embed/kernel$", (None, "fsdp")),
-    (r"proj_out/kernel$", ("fsdp", None)),
+    (r"patch_embed/kernel$", (None, SHARE)),
+    (r"proj_out/kernel$", (SHARE, None)),
     (r"embedding$", (None, ALL)),
-    (r"kernel$", ("fsdp",)),  # convolutions: the output channels
+    (r"kernel$", (SHARE,)),  # convolutions: the output channels
 )
 
 
@@ -137,6 +139,7 @@ def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 def _dividing(axes, size, mesh):
     """Of the axes for a dimension the first ones whose product divides it: a name, several, or None."""
     axes = (axes,) if isinstance(axes, str) else axes or ()
+    axes = tuple(axis for axis in axes if mesh.shape[axis] > 1)
     while axes and size % math.prod(mesh.shape[axis] for axis in axes):
         axes = axes[:-1]
     return axes if len(axes) > 1 else axes[0] if axes else None

@@ -143,7 +143,7 @@ def test_the_report_has_tables_and_clips_beside_their_copies(report):
     assert videos == {"folder-000.png", "folder-001.mp4", "folder-002.mp4", "folder-003.mp4"}
     with av.open(str(out / "reconstructions" / "folder-002.mp4")) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    assert np.shape(frames) == (9, 32, 96, 3)
+    assert np.shape(frames) == (9, 32, 48 + 4 + 48, 3)  # a white line between them
     left = np.stack(frames)[:, :, :48].astype(float)
     assert np.abs(left - numbered(9, 32, 48)).mean() < 8  # twice through H.264
 

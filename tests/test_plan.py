@@ -137,12 +137,12 @@ def test_between_slices_goes_what_is_left_of_a_slice():
 def test_an_estimate_by_hand():
     work = roofline.Work(affine=1e15, attention=2e15, places=1000, width=100, layers=10, state=1e9, weights=1e8,
                          passes=2)  # fmt: skip
-    sent = {("fsdp",): 0.5, ("context", "fsdp"): 0.25}
+    sent = {("fsdp",): 0.3, ("fsdp", "context"): 0.2, ("context",): 0.15, ("context", "tensor"): 0.1}
     found = roofline.estimate(work, "full", V5P, 4, sent)
     peak = 4 * V5P.flops
     assert found.compute == pytest.approx(4e15 / peak / 0.7 + 2e15 * 5.5 / peak / 0.5)
     assert found.memory == pytest.approx((2e9 + 2 * 3 * 1e8) / V5P.memory_bandwidth)
-    assert found.exposed == 0.25 and found.hidden == 0.5
+    assert found.exposed == pytest.approx(0.25) and found.hidden == pytest.approx(0.5)
     assert found.step == pytest.approx(found.compute + found.elementwise + found.memory + 0.25)
     again = {remat: roofline.estimate(work, remat, V5P, 4, sent).compute for remat in ("none", "dots", "full")}
     assert again["none"] < again["dots"] < again["full"]
@@ -184,7 +184,7 @@ def test_a_search_puts_what_cannot_fit_behind():
     found = plan_search.candidates(config, place, video=(1, 720, 1280))
     fits = [c.memory <= V5P.memory for c in found]
     assert any(fits) and not all(fits) and fits == sorted(fits, reverse=True)
-    split = {c.axes[1] * c.axes[3] for c, fit in zip(found, fits) if fit}
+    split = {np.prod(c.axes[1:]) for c, fit in zip(found, fits) if fit}
     assert min(split) >= 4  # 14B parameters with their optimizer need at least three devices
 
 

@@ -95,7 +95,7 @@ def test_eight_devices_equal_one(task, sizes):
 @each_mesh
 def test_parameters_and_optimizer_are_really_split(task, sizes):
     _, state = task(tuple(sizes.items()))
-    f, t = sizes["fsdp"], sizes.get("tensor", 1)
+    f, t = sizes["fsdp"] * sizes.get("context", 1), sizes.get("tensor", 1)
     L, D, F, V = 2, 24, 32, 16  # layers, width, MLP, text width
     P = 16 * config_lib.load_config(QUICKSTART).model.in_channels  # a patch of 4 x 4
     expected = {
@@ -103,7 +103,7 @@ def test_parameters_and_optimizer_are_really_split(task, sizes):
         "dit/blocks/self_attention/o/kernel": (L, D // t, D // f),
         "dit/blocks/mlp_in/kernel": (L, D // f, F // t),
         "dit/blocks/mlp_out/kernel": (L, F // t, D // f),
-        "dit/patch_embed/kernel": (P, D // (f * t)),
+        "dit/patch_embed/kernel": (P, D // f),
         "dit/proj_out/kernel": (D // f, P),
         "dit/blocks/norm_scale": (L, D),
         "text/embedding": (512, V // f // t),

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from sorax import convert, export
 from sorax.errors import UserError
 from sorax.functional import abstract, count
+from sorax.sharding import path_string
 from sorax.vae import VAE, VAEConfig
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
@@ -40,7 +41,7 @@ def write_folder(folder, config):
         config["base_dim"], tuple(config["dim_mult"]), config["num_res_blocks"], config["z_dim"],
         tuple(config["temperal_downsample"]), patch, config.get("decoder_base_dim"), config.get("is_residual", False),
     )  # fmt: skip
-    leaves = {convert.path_string(p): x for p, x in jax.tree_util.tree_leaves_with_path(abstract(VAE, ours)[1])}
+    leaves = {path_string(p): x for p, x in jax.tree_util.tree_leaves_with_path(abstract(VAE, ours)[1])}
     tensors = {n.theirs: draw_weight(n.theirs, n.shape(leaves)) for n in convert.vae_names(ours)}
     save_file(tensors, folder / f"{convert.WEIGHTS}.safetensors")
     return tensors
@@ -111,7 +112,7 @@ def test_tensors_that_are_missing_extra_or_misshapen_are_all_listed(tmp_path):
 
 
 def export_tensors(config, params):
-    leaves = {convert.path_string(p): x for p, x in jax.tree_util.tree_leaves_with_path(params)}
+    leaves = {path_string(p): x for p, x in jax.tree_util.tree_leaves_with_path(params)}
     return [(n, n.to_theirs(leaves[n.ours])) for n in convert.vae_names(config)]
 
 
@@ -119,7 +120,7 @@ def test_published_sizes_of_both_generations():
     """Names and shapes as in the published folders, of which these are the counts."""
     for config, parameters, tensors in ((VAEConfig(), 126_892_531, 194), (WAN_22, 704_688_668, 196)):
         shapes = abstract(VAE, config)[1]
-        leaves = {convert.path_string(p): x for p, x in jax.tree_util.tree_leaves_with_path(shapes)}
+        leaves = {path_string(p): x for p, x in jax.tree_util.tree_leaves_with_path(shapes)}
         names = convert.vae_names(config)
         assert len(names) == tensors
         assert sum(int(np.prod(n.shape(leaves))) for n in names) == parameters
