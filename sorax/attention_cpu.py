@@ -16,18 +16,29 @@ BLOCK_Q, BLOCK_KV = 128, 128
 MASKED, FLOOR = -1e30, -1e20  # of a masked logit, and of the largest logit so far: exp(MASKED - FLOOR) is 0
 
 
-def _rows(x, room):
-    """`[B, n, K, A]` to `[K, B * n + room, A]`: slices of blocks that reach over the end stay where they are."""
-    return jnp.pad(einops.rearrange(x, "b n k a -> k (b n) a"), ((0, 0), (0, room), (0, 0)))
-
-
 def _take(x, head, start, size):
-    """`[size, ...]` of x `[K, T, ...]`."""
-    return jax.lax.dynamic_slice_in_dim(jax.lax.dynamic_index_in_dim(x, head, 0, keepdims=False), start, size)
+    """`[size, A]` of one head of x `[T, K, A]`."""
+    return jax.lax.dynamic_slice(x, (start, head, 0), (size, 1, x.shape[2]))[:, 0]
 
 
 def _put(x, value, head, start):
-    return jax.lax.dynamic_update_slice(x, value[None].astype(x.dtype), (head, start) + (0,) * (x.ndim - 2))
+    return jax.lax.dynamic_update_slice(x, value[:, None].astype(x.dtype), (start, head, 0))
+
+
+def _take_kv(x, head, start, size):
+    """`[size, A]` of one head of x `[K, U, A]`: what is read again and again lies in one piece."""
+    return jax.lax.dynamic_slice(x, (head, start, 0), (1, size, x.shape[2]))[0]
+
+
+def _put_kv(x, value, head, start):
+    return jax.lax.dynamic_update_slice(x, value[None], (head, start, 0))
+
+
+def _fold(op, x):
+    """`[n, 1]`: op over each row of x `[n, m]`, halves upon halves first, which XLA makes one loop of wide vectors."""
+    while x.shape[1] > 16 and x.shape[1] % 2 == 0:
+        x = op(*jnp.split(x, 2, axis=1))
+    return op.reduce(x, axis=1, keepdims=True)
 
 
 def _product(equation, x, y):
@@ -37,41 +48,50 @@ def _product(equation, x, y):
 class _Plan:
     """Segment ids of all rows, and what follows from them for a block.
 
-    q_ids `[B, N]`, kv_ids `[B, M]` int, key_bias `[B, M]` or None.
+    q_ids `[B, N]`, kv_ids `[B, M]` int, key_bias `[B, M]` or None. A block that would reach over the end of T (or U)
+    begins earlier, and does nothing for what comes before its first query (or key).
     """
 
     def __init__(self, q_ids, kv_ids, key_bias):
         (B, self.N), (_, self.M) = q_ids.shape, kv_ids.shape
-        self.total, self.block_q, self.block_kv = B * self.N, min(BLOCK_Q, self.N), min(BLOCK_KV, self.M)
-        self.q_ids = jnp.pad(q_ids.reshape(-1).astype(jnp.int32), (0, self.block_q + 1))
-        self.kv_ids = jnp.pad(kv_ids.reshape(-1).astype(jnp.int32), (0, self.block_kv))
-        self.bias = None if key_bias is None else jnp.pad(key_bias.reshape(-1), (0, self.block_kv))
+        self.total, self.total_kv = B * self.N, B * self.M
+        self.block_q, self.block_kv = min(BLOCK_Q, self.N), min(BLOCK_KV, self.M)
+        self.q_ids = jnp.pad(q_ids.reshape(-1).astype(jnp.int32), (0, 1))
+        self.kv_ids = kv_ids.reshape(-1).astype(jnp.int32)
+        self.bias = None if key_bias is None else key_bias.reshape(-1)
 
     def queries(self, start):
-        """The block of queries that begins at `start`: (its size, ids `[block_q]`, first key, last key + 1).
+        """The block of queries from `start` on: (its size, where its slices begin, place of each in the block, negative
+        before `start`, ids `[block_q]`, first key, last key + 1).
 
         It ends with the last segment that ends within `block_q`, or with the row, and where nothing does, when full.
         """
-        row, i = start // self.N, jnp.arange(self.block_q)
+        row, at = start // self.N, jnp.minimum(start, self.total - self.block_q)
+        place = at - start + jnp.arange(self.block_q)
         left = (row + 1) * self.N - start
-        ids = jax.lax.dynamic_slice_in_dim(self.q_ids, start, self.block_q + 1)
-        ends = ((ids[1:] != ids[:-1]) | (i + 1 == left)) & (i < left)
-        size = jnp.max(jnp.where(ends, i + 1, 0))
+        ids = jax.lax.dynamic_slice_in_dim(self.q_ids, at, self.block_q + 1)
+        ends = ((ids[1:] != ids[:-1]) | (place + 1 == left)) & (place >= 0) & (place < left)
+        size = jnp.max(jnp.where(ends, place + 1, 0))
         size = jnp.where(size == 0, self.block_q, size)
-        ids = jnp.where((i < size) & (ids[:-1] != 0), ids[:-1], -1)  # -1 sees nothing
-        keys, place = jax.lax.dynamic_slice_in_dim(self.kv_ids, row * self.M, self.M), jnp.arange(self.M)
+        ids = jnp.where((place >= 0) & (place < size) & (ids[:-1] != 0), ids[:-1], -1)  # -1 sees nothing
+        keys, order = jax.lax.dynamic_slice_in_dim(self.kv_ids, row * self.M, self.M), jnp.arange(self.M)
         lowest = jnp.min(jnp.where(ids > 0, ids, jnp.iinfo(jnp.int32).max))
         near = (keys >= lowest) & (keys <= jnp.max(ids)) & (keys != 0)
-        first, stop = jnp.min(jnp.where(near, place, self.M)), jnp.max(jnp.where(near, place + 1, 0))
-        return size, ids, row * self.M + first, row * self.M + stop
+        first, stop = jnp.min(jnp.where(near, order, self.M)), jnp.max(jnp.where(near, order + 1, 0))
+        return size, at, place, ids, row * self.M + first, row * self.M + stop
+
+    def keys(self, start):
+        """Where the slices of the block of keys from `start` on begin."""
+        return jnp.minimum(start, self.total_kv - self.block_kv)
 
     def logits(self, q, k, ids, start, stop):
-        """Logits and mask `[block_q, block_kv]` of a block of queries and the block of keys that begins at `start`."""
-        keys = jax.lax.dynamic_slice_in_dim(self.kv_ids, start, self.block_kv)
-        keys = jnp.where(start + jnp.arange(self.block_kv) < stop, keys, 0)
+        """Logits and mask `[block_q, block_kv]` of a block of queries and the block of keys from `start` on."""
+        at = self.keys(start)
+        keys, place = jax.lax.dynamic_slice_in_dim(self.kv_ids, at, self.block_kv), at + jnp.arange(self.block_kv)
+        keys = jnp.where((place >= start) & (place < stop), keys, 0)
         logits = _product("qa,ka->qk", q, k)
         if self.bias is not None:
-            logits = logits + jax.lax.dynamic_slice_in_dim(self.bias, start, self.block_kv)
+            logits = logits + jax.lax.dynamic_slice_in_dim(self.bias, at, self.block_kv)
         return logits, ids[:, None] == keys
 
     def each(self, num_heads, block, arrays):
@@ -91,73 +111,80 @@ def forward(q, k, v, q_ids, kv_ids, key_bias, *, scale):
     (B, N, K, A), dtype = q.shape, v.dtype
     plan = _Plan(q_ids, kv_ids, key_bias)
     bq, bk = plan.block_q, plan.block_kv
-    q, k, v = _rows(q * scale, bq), _rows(k, bk), _rows(v, bk)
+    q = q.reshape(-1, K, A)
+    k, v = (einops.rearrange(x, "b n k a -> k (b n) a") for x in (k, v))
 
     def block(head, start, arrays):
         out, lse = arrays
-        size, ids, first, stop = plan.queries(start)
-        queries = _take(q, head, start, bq)
+        size, at_q, place, ids, first, stop = plan.queries(start)
+        queries = _take(q, head, at_q, bq) * scale
 
         def step(carry):
-            at, peak, total, acc = carry
-            logits, mask = plan.logits(queries, _take(k, head, at, bk), ids, at, stop)
+            start, peak, total, acc = carry
+            at = plan.keys(start)
+            logits, mask = plan.logits(queries, _take_kv(k, head, at, bk), ids, start, stop)
             logits = jnp.where(mask, logits, MASKED)
-            higher = jnp.maximum(peak, jnp.max(logits, axis=1, keepdims=True))
+            higher = jnp.maximum(peak, _fold(jnp.maximum, logits))
             weights, shrink = jnp.exp(logits - higher), jnp.exp(peak - higher)
-            acc = acc * shrink + _product("qk,ka->qa", weights.astype(dtype), _take(v, head, at, bk))
-            return at + bk, higher, total * shrink + jnp.sum(weights, axis=1, keepdims=True), acc
+            acc = acc * shrink + _product("qk,ka->qa", weights.astype(dtype), _take_kv(v, head, at, bk))
+            return start + bk, higher, total * shrink + _fold(jnp.add, weights), acc
 
         empty = jnp.full((bq, 1), FLOOR), jnp.zeros((bq, 1)), jnp.zeros((bq, A))
         _, peak, total, acc = jax.lax.while_loop(lambda carry: carry[0] < stop, step, (first, *empty))
         safe = jnp.where(total == 0, 1.0, total)
         value = jnp.where(total == 0, -MASKED, peak + jnp.log(safe))  # of a query that sees nothing: exp(x - it) = 0
-        # What a block writes behind its own end, the next one writes over.
-        return size, (_put(out, acc / safe, head, start), _put(lse, value[:, 0], head, start))
+        # What a block writes behind its own end, the next one writes over; what is before its start, stays.
+        ours = place[:, None] >= 0
+        acc = jnp.where(ours, (acc / safe).astype(dtype), _take(out, head, at_q, bq))
+        value = jnp.where(ours, value, jax.lax.dynamic_slice(lse, (head, at_q), (1, bq)).T)
+        return size, (_put(out, acc, head, at_q), jax.lax.dynamic_update_slice(lse, value.T, (head, at_q)))
 
-    out, lse = plan.each(K, block, (jnp.zeros(q.shape, dtype), jnp.zeros(q.shape[:2])))
-    out = einops.rearrange(out[:, : B * N], "k (b n) a -> b n k a", b=B)
-    return out, einops.rearrange(lse[:, : B * N], "k (b n) -> b k n", b=B)
+    out, lse = plan.each(K, block, (jnp.zeros(q.shape, dtype), jnp.zeros((K, B * N))))
+    return out.reshape(B, N, K, A), einops.rearrange(lse, "k (b n) -> b k n", b=B)
 
 
 def backward(q, k, v, q_ids, kv_ids, key_bias, out, lse, grad, *, scale):
     """Gradients for q, k, v and key_bias (None without one) from that of the output, `grad` `[B, N, K, A]`."""
     (B, N, K, A), M = q.shape, k.shape[1]
-    dtypes = q.dtype, k.dtype, v.dtype
     plan = _Plan(q_ids, kv_ids, key_bias)
     bq, bk = plan.block_q, plan.block_kv
-    # ds = p * (dp - delta), delta = sum of p * dp over the keys = out . grad
-    delta = jnp.sum(out.astype(jnp.float32) * grad.astype(jnp.float32), axis=3)
-    delta = jnp.pad(einops.rearrange(delta, "b n k -> k (b n)"), ((0, 0), (0, bq)))
-    lse = jnp.pad(einops.rearrange(lse, "b k n -> k (b n)"), ((0, 0), (0, bq)))
-    q, grad, k, v = _rows(q * scale, bq), _rows(grad.astype(v.dtype), bq), _rows(k, bk), _rows(v, bk)
+    lse = einops.rearrange(lse, "b k n -> k (b n)")
+    dtypes = q.dtype, k.dtype, v.dtype
+    q, out, grad = (x.reshape(-1, K, A) for x in (q, out, grad.astype(v.dtype)))
+    k, v = (einops.rearrange(x, "b n k a -> k (b n) a") for x in (k, v))
 
     def block(head, start, arrays):
         dq, *others = arrays
-        size, ids, first, stop = plan.queries(start)
-        queries, grads = _take(q, head, start, bq), _take(grad, head, start, bq)
-        lses, deltas = _take(lse, head, start, bq)[:, None], _take(delta, head, start, bq)[:, None]
+        size, at_q, place, ids, first, stop = plan.queries(start)
+        queries, grads = _take(q, head, at_q, bq) * scale, _take(grad, head, at_q, bq)
+        # ds = p * (dp - delta), delta = sum of p * dp over the keys = out . grad
+        delta = _fold(jnp.add, _take(out, head, at_q, bq).astype(jnp.float32) * grads.astype(jnp.float32))
+        lses = jax.lax.dynamic_slice(lse, (head, at_q), (1, bq)).T
 
         def step(carry):
-            at, acc, dk, dv, *dbias = carry
-            keys, values = _take(k, head, at, bk), _take(v, head, at, bk)
-            logits, mask = plan.logits(queries, keys, ids, at, stop)
+            start, acc, dk, dv, *dbias = carry
+            at = plan.keys(start)
+            keys, values = _take_kv(k, head, at, bk), _take_kv(v, head, at, bk)
+            logits, mask = plan.logits(queries, keys, ids, start, stop)
             p = jnp.where(mask, jnp.exp(logits - lses), 0.0)
-            ds = p * (_product("qa,ka->qk", grads, values) - deltas)
-            dv = _put(dv, _take(dv, head, at, bk) + _product("qk,qa->ka", p.astype(v.dtype), grads), head, at)
+            ds = p * (_product("qa,ka->qk", grads, values) - delta)
+            dv = _put_kv(dv, _take_kv(dv, head, at, bk) + _product("qk,qa->ka", p.astype(v.dtype), grads), head, at)
             if dbias:
                 total = jax.lax.dynamic_slice_in_dim(dbias[0], at, bk) + jnp.sum(ds, axis=0)
                 dbias = [jax.lax.dynamic_update_slice_in_dim(dbias[0], total, at, 0)]
             ds = ds.astype(q.dtype)
-            dk = _put(dk, _take(dk, head, at, bk) + _product("qk,qa->ka", ds, queries), head, at)
-            return at + bk, acc + _product("qk,ka->qa", ds, keys), dk, dv, *dbias
+            dk = _put_kv(dk, _take_kv(dk, head, at, bk) + _product("qk,qa->ka", ds, queries), head, at)
+            return start + bk, acc + _product("qk,ka->qa", ds, keys), dk, dv, *dbias
 
         carry = (first, jnp.zeros((bq, A)), *others)
         _, acc, *others = jax.lax.while_loop(lambda carry: carry[0] < stop, step, carry)
-        return size, (_put(dq, acc, head, start), *others)
+        acc = jnp.where(place[:, None] >= 0, acc * scale, _take(dq, head, at_q, bq))
+        return size, (_put(dq, acc, head, at_q), *others)
 
     arrays = [jnp.zeros(x.shape) for x in (q, k, v)]
-    arrays += [] if key_bias is None else [jnp.zeros(plan.bias.shape)]
+    arrays += [] if key_bias is None else [jnp.zeros(B * M)]
     dq, dk, dv, *dbias = plan.each(K, block, arrays)
-    dq, dk, dv = (einops.rearrange(x[:, : B * n], "k (b n) a -> b n k a", b=B).astype(dtype)
-                  for x, n, dtype in zip((dq * scale, dk, dv), (N, M, M), dtypes))  # fmt: skip
-    return dq, dk, dv, dbias[0][: B * M].reshape(B, M).astype(key_bias.dtype) if dbias else None
+    dq = dq.reshape(B, N, K, A)
+    dk, dv = (einops.rearrange(x, "k (b n) a -> b n k a", b=B) for x in (dk, dv))
+    dq, dk, dv = (x.astype(dtype) for x, dtype in zip((dq, dk, dv), dtypes))
+    return dq, dk, dv, dbias[0].reshape(B, M).astype(key_bias.dtype) if dbias else None

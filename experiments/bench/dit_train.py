@@ -13,7 +13,7 @@ Three batches:
   mixed     images and clips of several shapes, each at its own. Ours: packed rows. Theirs, which has no mask, in
             three ways: all padded to the largest ("pad"), those of equal shape in one batch, gradients accumulated
             ("bucket"), and each sample for itself ("single"). Their best counts.
-  small     the same, of small images and clips, as the first stage of training has them.
+  small     the same, of small images and clips in their native shapes, as the first stage of training has them.
 
 Captions are attended as Wan has it, to 512 slots: theirs computes them all, ours the caption's own and one that stands
 for the unused ones.
@@ -34,7 +34,9 @@ PATCH, SLOTS = (1, 2, 2), 512
 # Patches (t, h, w) behind a VAE of stride 4 x 8 x 8: clips of 9 or 17 frames, images, 128 to 320 pixels a side.
 UNIFORM = [(5, 8, 16)] * 4
 MIXED = [(5, 12, 16), (3, 16, 12), *[(1, 16, 16)] * 3, *[(1, 12, 20)] * 2, *[(1, 20, 12)] * 2, (1, 14, 18)]
-SMALL = [*[(3, 6, 8)] * 2, (3, 8, 6), *[(1, 8, 8)] * 5, *[(1, 6, 10)] * 3, *[(1, 10, 6)] * 3, *[(1, 10, 10)] * 2]
+# Native sizes: no two images need have the same shape.
+SMALL = [(3, 6, 8), (3, 8, 6), *[(1, 8, 8)] * 3, (1, 7, 9), (1, 9, 7), *[(1, 6, 10)] * 2, *[(1, 10, 6)] * 2, (1, 6, 11),
+         (1, 11, 6), (1, 5, 12), (1, 12, 5), (1, 7, 10), (1, 10, 7), (1, 7, 8), (1, 8, 7), (1, 6, 9)]  # fmt: skip
 BATCHES = dict(uniform=UNIFORM, mixed=MIXED, small=SMALL)
 MULTIPLE = 64  # of the length of the packed row
 LEARNING_RATE, BETAS, EPS, DECAY = 1e-4, (0.9, 0.99), 1e-8, 1e-2
