@@ -296,6 +296,9 @@ def read_vae_config(folder):
         stats[key] = np.asarray(there.get(key, []), np.float32)
         if stats[key].shape != (config.latent_channels,) or not np.isfinite(stats[key]).all():
             raise UserError(f"{path}: {key} must hold {config.latent_channels} finite numbers, one a latent channel")
+    if not (stats["latents_std"] > 0).all():
+        raise UserError(f"{path}: latents_std = {there['latents_std']} holds numbers that are not positive, and "
+                        "latents are divided by them: copy the file again")  # fmt: skip
     return config, stats
 
 

@@ -245,6 +245,9 @@ SPOILT = {
     "other text encoder": (lambda f: edit_json(f / "text_encoder" / "config.json", model_type="bert"), "'bert'"),
     "other depth": (lambda f: edit_json(f / "transformer" / "config.json", num_layers=3), "lacks 27"),
     "no deviations": (lambda f: edit_json(f / "vae" / "config.json", latents_std=None), "latents_std must hold 4"),
+    "no deviation": (
+        lambda f: edit_json(f / "vae" / "config.json", latents_std=[1.0, 0.0, 1.0, 1.0]), "not positive.*copy",
+    ),
     "escape": (lambda f: shard(f, lambda name: "../../elsewhere.safetensors"), "refused"),
     "shard missing": (
         lambda f: shard(f, lambda name: "b.safetensors" if name == "proj_out.bias" else "a.safetensors"),
