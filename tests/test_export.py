@@ -143,7 +143,7 @@ def test_model_card_says_how_to_run_it(networks, tmp_path):
     out = export.export_diffusers(networks, TOKENIZER, tmp_path / "out", shift=3.0, metadata=metadata)
     card = (out / "README.md").read_text()
     assert card.startswith("---\nlicense: apache-2.0\nlibrary_name: diffusers\n")
-    assert "7 training steps" in card and '"a \\"{x}\\" circle"' in card and "fps=6" in card
+    assert "7 training steps, stored as f32." in card and '"a \\"{x}\\" circle"' in card and "fps=6" in card
 
 
 def test_own_format_keeps_names_and_values(networks, tmp_path):
