@@ -74,15 +74,19 @@ class LPIPS:
         Raises UserError as `load`.
         """
         wanted = tensor_shapes()
-        wrong = [f"{k} is missing" for k in wanted if k not in tensors]
-        wrong += [f"{k} is {tuple(tensors[k].shape)}, not {shape}" for k, shape in wanted.items()
-                  if k in tensors and tuple(tensors[k].shape) != shape]  # fmt: skip
-        wrong += [f"{k} has no place" for k in sorted(tensors.keys() - wanted.keys())]
-        wrong += [f"{k} holds NaN or infinite values" for k in wanted
-                  if k in tensors and not np.isfinite(np.asarray(tensors[k], np.float32)).all()]  # fmt: skip
-        if wrong:
-            more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-            raise UserError(f"{where}: {'; '.join(wrong[:4])}{more}: see the docstring of sorax/lpips.py")
+        wrong = (
+            [f"{k} is missing" for k in wanted if k not in tensors],
+            [f"{k} has no place" for k in sorted(tensors.keys() - wanted.keys())],
+            [f"{k} is {tuple(tensors[k].shape)}, not {shape}" for k, shape in wanted.items()
+             if k in tensors and tuple(tensors[k].shape) != shape],
+            [f"{k} holds NaN or infinite values" for k in wanted
+             if k in tensors and not np.isfinite(np.asarray(tensors[k], np.float32)).all()],
+        )  # fmt: skip
+        shown = [problem for kind in wrong for problem in kind[:2]]
+        if shown:
+            left = sum(map(len, wrong)) - len(shown)
+            more = f" and {left} more" if left else ""
+            raise UserError(f"{where}: {'; '.join(shown)}{more}: see the docstring of sorax/lpips.py")
         params = {}
         for name in wanted:
             value = np.asarray(tensors[name], np.float32)

@@ -33,8 +33,11 @@ class VAEConfig:
     shortcuts: bool = False  # [is_residual]; Wan 2.2: averages past each stage of the encoder, copies in the decoder
 
     def __post_init__(self):
-        for name in ("base_width", "width_multipliers", "num_res_blocks", "latent_channels", "pixel_patch"):
+        for name in ("base_width", "width_multipliers", "num_res_blocks", "latent_channels", "pixel_patch",
+                     "decoder_base_width"):  # fmt: skip
             value = getattr(self, name)
+            if name == "decoder_base_width" and value is None:
+                continue
             sizes = value if isinstance(value, tuple | list) else (value,)
             if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
                 raise ValueError(f"{name} is {value!r}: it takes whole numbers of at least 1")

@@ -174,6 +174,8 @@ def test_folders_that_hold_no_vae_are_named(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         kind_of(str(tmp_path / "nowhere"))
     (tmp_path / "config.json").write_text('{"hidden_size": 4}')
+    with pytest.raises(UserError, match="is a file: name the folder that it is in"):
+        kind_of(str(tmp_path / "config.json"))
     with pytest.raises(UserError, match="neither a run nor a diffusers folder"):
         open_vae(str(tmp_path))
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')

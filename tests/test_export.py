@@ -245,6 +245,8 @@ SPOILT = {
     "other text encoder": (lambda f: edit_json(f / "text_encoder" / "config.json", model_type="bert"), "'bert'"),
     "other depth": (lambda f: edit_json(f / "transformer" / "config.json", num_layers=3), "lacks 27"),
     "no deviations": (lambda f: edit_json(f / "vae" / "config.json", latents_std=None), "latents_std must hold 4"),
+    "words for deviations": (lambda f: edit_json(f / "vae" / "config.json", latents_std=["a"]), "std must hold 4"),
+    "a word for a width": (lambda f: edit_json(f / "vae" / "config.json", decoder_base_dim="a"), "width is 'a'"),
     "no deviation": (
         lambda f: edit_json(f / "vae" / "config.json", latents_std=[1.0, 0.0, 1.0, 1.0]), "not positive.*copy",
     ),
