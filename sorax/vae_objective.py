@@ -174,7 +174,7 @@ def _stages(section, data, steps, grid):
             sources[key] = open_source(own, **grid | dict(index_cache=cache))
         crop = own.get("crop") or data.crop
         try:
-            check_crop(crop, grid["temporal_stride"])
+            check_crop(crop, grid["temporal_stride"], grid["spatial_multiple"])
         except UserError as error:
             raise UserError(f"{'config.data' if rest else where}: {error}") from error
         stages.append(_Stage(end, own["batch"], tuple(crop) if crop else None, sources[key]))

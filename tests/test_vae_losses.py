@@ -205,6 +205,9 @@ STAGES = {
         ({"steps": 1, "crop": (1, 0, 0)}, {"steps": 1, "crop": (9, 48)}), r"stages\[1\]: crop \(9, 48\): it is",
     ),
     "a crop off the grid": (({"steps": 1, "crop": (8, 0, 0)},), r"stages\[0\]: .* 2n \+ 1 frames"),
+    "a side off the grid": (
+        ({"steps": 1, "crop": (1, 0, 33)},), r"stages\[0\]: crop .* multiples of 4, such as \(1, 0, 36\)",
+    ),
 }
 
 
