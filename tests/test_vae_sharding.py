@@ -69,7 +69,7 @@ def test_videos_decoded_on_eight_devices_equal_one_before_they_are_rounded(name)
 
     params_there = jax.device_put(params, sharding.replicated(mesh))
     split = jax.jit(decode, out_shardings=place)(params_there, jax.device_put(z, place))
-    assert len({shard.index for shard in split.addressable_shards}) == 8
+    assert len({str(shard.index) for shard in split.addressable_shards}) == 8  # none has all
     assert_close(split, jax.jit(decode)(params, z))
 
 
