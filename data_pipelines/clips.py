@@ -11,8 +11,8 @@ from data_pipelines import reading
 from sorax.errors import UserError
 
 
-def check_crop(crop, temporal_stride: int):
-    """Raises UserError unless crop is None or (frames, height, width) that a VAE of this temporal stride takes."""
+def check_crop(crop, temporal_stride: int, spatial_multiple: int = 1):
+    """Raises UserError unless crop is None or (frames, height, width) that a VAE of these strides takes."""
     if crop is None:
         return
     if not isinstance(crop, tuple | list) or len(crop) != 3 or not all(isinstance(n, int) and n >= 0 for n in crop):
@@ -21,6 +21,10 @@ def check_crop(crop, temporal_stride: int):
         few = ", ".join(str(temporal_stride * n + 1) for n in range(4))
         raise UserError(f"crop {tuple(crop)}: clips have {temporal_stride}n + 1 frames ({few}, ...), or 0 to leave "
                         "them as they are")  # fmt: skip
+    if any(side % spatial_multiple for side in crop[1:]):
+        near = (crop[0], *(-(-side // spatial_multiple) * spatial_multiple for side in crop[1:]))
+        raise UserError(f"crop {tuple(crop)}: heights and widths are multiples of {spatial_multiple}, such as {near}, "
+                        "or 0 to leave them as they are")  # fmt: skip
 
 
 class VideoClipSource:

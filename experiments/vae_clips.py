@@ -5,7 +5,8 @@
 
 CLIPS is a folder of videos (captions are not needed for a VAE, but the index asks for them). L1, a perceptual term and
 KL; a 3-D patch discriminator joins for the last steps. `--config.loss.lpips=FILE` gives the perceptual term its
-weights; without them a Laplacian pyramid takes its place. `--config.init=RUN` starts from another VAE.
+weights; without them a Laplacian pyramid takes its place. `--config.init=RUN` starts from another VAE: with a lower
+`--config.optim.lr`, since the first steps at this one undo part of what it brings.
 """
 
 from ml_collections import ConfigDict

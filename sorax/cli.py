@@ -118,7 +118,8 @@ def _parse(argv):
 
     evaluate = verb(evaluate_verb, "evaluate", "score a run against exact ground truth, or a VAE by its copies")
     evaluate.add_argument("--run", required=True, dest="workdir", help="run folder, or a diffusers folder with a VAE")
-    evaluate.add_argument("--out", default="report", help="folder for scores.json, scores.md and pictures")
+    evaluate.add_argument("--out", default="report", help="folder for scores.json, scores.md and pictures (default: "
+                          "%(default)s); in RUN/report, the model card of an export quotes them")  # fmt: skip
     evaluate.add_argument("--clips", type=int, default=None, help="clips of each split (default: the config's)")
 
     evaluate.add_argument("--data", default="", help="of a VAE: folder of videos, or world (default: the run's data)")

@@ -189,6 +189,8 @@ def read_config(workdir: str) -> ml_collections.ConfigDict:
         UserError: the folder is missing or holds no run.
     """
     path = os.path.join(workdir, CONFIG_FILE)
+    if os.path.isfile(workdir):
+        raise UserError(f"{workdir!r} is a file: name the folder that it is in")
     if not os.path.isdir(workdir):
         raise UserError(f"run folder {workdir!r} does not exist: name one written by `sorax train --workdir`")
     if not os.path.isfile(path):

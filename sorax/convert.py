@@ -293,9 +293,15 @@ def read_vae_config(folder):
             raise UserError(f"{path}: {key} = {there[key]} does not fit RGB with patch_size {patch}: use another model")
     stats = {}
     for key in ("latents_mean", "latents_std"):
-        stats[key] = np.asarray(there.get(key, []), np.float32)
+        try:
+            stats[key] = np.asarray(there.get(key, []), np.float32)
+        except (TypeError, ValueError):  # words, or a list of lists
+            stats[key] = np.empty(0)
         if stats[key].shape != (config.latent_channels,) or not np.isfinite(stats[key]).all():
             raise UserError(f"{path}: {key} must hold {config.latent_channels} finite numbers, one a latent channel")
+    if not (stats["latents_std"] > 0).all():
+        raise UserError(f"{path}: latents_std = {there['latents_std']} holds numbers that are not positive, and "
+                        "latents are divided by them: copy the file again")  # fmt: skip
     return config, stats
 
 

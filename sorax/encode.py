@@ -110,16 +110,18 @@ class Codec:
             UserError: latents that are not of this VAE's shape or not finite, or that the mesh cannot split.
         """
         latents = [np.asarray(z) for z in latents]
-        for z in latents:
-            stream.check_latents(self.config, z)
-            if not len(z):
-                raise UserError("latents without a frame: there is nothing to decode")
+        for i, z in enumerate(latents):
+            with _naming("latents", i, len(latents)):
+                stream.check_latents(self.config, z)
+                if not len(z):
+                    raise UserError("latents without a frame: there is nothing to decode")
         return self._all(DECODE, latents)
 
     def _moments(self, videos):
         videos = [np.asarray(video) for video in videos]
-        for video in videos:
-            stream.check_video(self.config, video)
+        for i, video in enumerate(videos):
+            with _naming("video", i, len(videos)):
+                stream.check_video(self.config, video)
         return self._all(ENCODE, videos)
 
     def batch_size(self, shape, most: int) -> int:
@@ -177,6 +179,17 @@ class Codec:
                 for i, result in zip(some, self.start(way, batch)()):
                     results[i] = result
         return results
+
+
+@contextlib.contextmanager
+def _naming(kind, number, count):
+    """An error says which one of several it is about."""
+    try:
+        yield
+    except UserError as error:
+        if count == 1:
+            raise
+        raise UserError(f"{kind}[{number}] of {count}: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,7 @@ from sorax import media
 from sorax.encode import PIXELS_A_BATCH, Codec
 from sorax.errors import UserError
 from sorax.held_out import SPLITS, open_splits
-from sorax.lpips import LPIPS
+from sorax.lpips import LEAST_SIDE, LPIPS
 from sorax.metrics import flicker, psnr, ssim
 from sorax.objectives import DataConfig, EvalConfig
 from sorax.runlog import Progress, reporter
@@ -39,7 +39,7 @@ from sorax.stream import normalize
 
 SHOWN = 12  # clips on the contact sheet, and files of them
 FRAMES_SHOWN = 3  # of each, on the contact sheet
-SSIM_SIDE, LPIPS_SIDE = 11, 16  # pixels, the least that SSIM and LPIPS are defined for
+SSIM_SIDE = 11  # pixels, the least that SSIM is defined for
 LPIPS_PIXELS = 1 << 18  # of a batch of frames: VGG's first features of two of these take 1 KiB a pixel
 BATCH = 64  # clips at most
 # A channel of which a latent position tells less than this many nats is not used: its posterior is the prior.
@@ -127,7 +127,7 @@ def clip_scores(original, copy, distance: Callable | None = None) -> dict:
     found = dict(psnr=psnr(original, copy), ssim=ssim(original, copy) if side >= SSIM_SIDE else None,
                  flicker=flicker(original, copy))  # fmt: skip
     if distance is not None:
-        found["lpips"] = distance(original, copy) if side >= LPIPS_SIDE else None
+        found["lpips"] = distance(original, copy) if side >= LEAST_SIDE else None
     return found
 
 

@@ -27,7 +27,7 @@ from sorax import convert
 from sorax.convert import Networks
 from sorax.dit import DiTConfig
 from sorax.errors import UserError
-from sorax.export_weights import MAX_SHARD_BYTES, write_json, write_model
+from sorax.export_weights import MAX_SHARD_BYTES, stored_as, write_json, write_model
 from sorax.sharding import path_string
 from sorax.text import TextConfig
 from sorax.vae import VAEConfig
@@ -286,7 +286,7 @@ def model_card(networks: Networks, metadata: dict, fmt: str, dtype: str, out_dir
         **{part: sum(x.size for x in jax.tree.leaves(getattr(networks, part))) for part in ("dit", "vae", "text")},
         weights=metadata.get("weights") or "raw",
         step=metadata.get("step", "an unstated number of"),
-        dtype=dtype,
+        dtype=stored_as((networks.vae, networks.dit, networks.text), dtype),
         run=run,
         data=metadata.get("data") or "Not stated.",
         scores=score_table(metadata),

@@ -6,7 +6,7 @@ from data_pipelines.text_tokens import Tokenizer
 from sorax import convert, export, original_names
 from sorax.convert import Networks
 from sorax.errors import UserError
-from sorax.export_weights import write_model
+from sorax.export_weights import stored_as, write_model
 
 CARD = """---
 license: {license}
@@ -63,8 +63,9 @@ def export_comfyui(
         tokenizer.save(folder / "tokenizer")
         export.write_provenance(folder, metadata, "comfyui", dtype, tensors)
         step = f"After {metadata['step']} training steps. " if "step" in metadata else ""
+        stored = stored_as((networks.vae, networks.dit, networks.text), dtype)
         (folder / "README.md").write_text(CARD.format(
-            license=metadata.get("license") or "other", name=name, step=step, dtype=dtype, solver=solver, shift=shift,
+            license=metadata.get("license") or "other", name=name, step=step, dtype=stored, solver=solver, shift=shift,
             data=metadata.get("data") or "Not stated.", scores=export.score_table(metadata),
         ))  # fmt: skip
     return pathlib.Path(out_dir)

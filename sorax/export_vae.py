@@ -7,7 +7,7 @@ import pathlib
 from sorax import config as config_lib
 from sorax import convert, export
 from sorax.errors import UserError
-from sorax.export_weights import MAX_SHARD_BYTES, write_model
+from sorax.export_weights import MAX_SHARD_BYTES, stored_as, write_model
 from sorax.functional import count
 from sorax.runs import kind_of, open_vae, report_splits, stored_vae
 from sorax.vae import VAEConfig
@@ -122,7 +122,8 @@ def model_card(config: VAEConfig, params, metadata: dict, form: str, dtype: str,
         generation="2.2" if config.shortcuts else "2.1", frames=stride, side=side, channels=config.latent_channels,
         parameters=count(params) - 2 * config.latent_channels,
         step=f" after {metadata['step']} training steps" if "step" in metadata else "",
-        dtype=dtype, use=use, data=metadata.get("data") or "Not stated.", scores=export.score_table(metadata),
+        dtype=stored_as(params, dtype), use=use, data=metadata.get("data") or "Not stated.",
+        scores=export.score_table(metadata),
     )  # fmt: skip
 
 

@@ -58,6 +58,16 @@ def write_model(folder, stem, names, params, config, dtype, max_shard_bytes) -> 
     return hashes
 
 
+def stored_as(params, dtype: str) -> str:
+    """What weights are written as, for people: "f32", or what "auto" comes to, such as "bf16 and f32"."""
+    if dtype != AUTO:
+        return dtype
+    short = {value.name: key for key, value in DTYPES.items()}
+    found = {leaf.dtype.name if isinstance(leaf, read_weights.StoredParam) else "float32"
+             for leaf in jax.tree.leaves(params)}  # fmt: skip
+    return " and ".join(sorted(short.get(name, name) for name in found))
+
+
 def _dtype(name, leaf, dtype) -> np.dtype:
     """What a tensor is written as."""
     if dtype != AUTO:

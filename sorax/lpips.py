@@ -4,10 +4,11 @@ Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual M
 VGG16 features. The weights are the user's: a safetensors file with torchvision's names of the VGG16's convolutions
 and lpips' names of the learned weights of the channels. With both packages at hand it is made by
 
-    tensors = {k: v for k, v in torchvision.models.vgg16(weights="IMAGENET1K_V1").state_dict().items()
-               if k.startswith("features.")}
-    tensors |= {k: v for k, v in lpips.LPIPS(net="vgg").state_dict().items() if k.startswith("lin")
-                and "model.1" in k}
+    import lpips, safetensors.torch, torchvision
+    vgg = torchvision.models.vgg16(weights="IMAGENET1K_V1").state_dict()
+    channels = lpips.LPIPS(net="vgg").state_dict()  # which has them under two names, of which one is saved
+    tensors = {k: v for k, v in vgg.items() if k.startswith("features.")}
+    tensors |= {k: channels[k] for k in (f"lin{n}.model.1.weight" for n in range(5))}
     safetensors.torch.save_file(tensors, "lpips_vgg.safetensors")
 """
 
@@ -32,6 +33,7 @@ BLOCKS = (
 # What pictures in [-1, 1] are shifted and scaled by: ImageNet's statistics.
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 EPS = 1e-10
+LEAST_SIDE = 16  # pixels: four poolings leave one
 
 
 def tensor_shapes() -> dict[str, tuple[int, ...]]:
@@ -53,7 +55,8 @@ class LPIPS:
 
     @classmethod
     def load(cls, path):
-        """From a safetensors file. Raises UserError that lists what is missing or of another shape."""
+        """From a safetensors file. Raises UserError that lists what is missing, has no place, is of another shape or
+        not finite."""
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
@@ -66,14 +69,24 @@ class LPIPS:
 
     @classmethod
     def from_tensors(cls, tensors, where="LPIPS weights"):
-        """From arrays by name, in PyTorch's layout."""
+        """From arrays by name, in PyTorch's layout: those of `tensor_shapes`, no less and no more.
+
+        Raises UserError as `load`.
+        """
         wanted = tensor_shapes()
-        wrong = [f"{k} is missing" for k in wanted if k not in tensors]
-        wrong += [f"{k} is {tuple(tensors[k].shape)}, not {shape}" for k, shape in wanted.items()
-                  if k in tensors and tuple(tensors[k].shape) != shape]  # fmt: skip
-        if wrong:
-            more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-            raise UserError(f"{where}: {'; '.join(wrong[:4])}{more}: see the docstring of sorax/lpips.py")
+        wrong = (
+            [f"{k} is missing" for k in wanted if k not in tensors],
+            [f"{k} has no place" for k in sorted(tensors.keys() - wanted.keys())],
+            [f"{k} is {tuple(tensors[k].shape)}, not {shape}" for k, shape in wanted.items()
+             if k in tensors and tuple(tensors[k].shape) != shape],
+            [f"{k} holds NaN or infinite values" for k in wanted
+             if k in tensors and not np.isfinite(np.asarray(tensors[k], np.float32)).all()],
+        )  # fmt: skip
+        shown = [problem for kind in wrong for problem in kind[:2]]
+        if shown:
+            left = sum(map(len, wrong)) - len(shown)
+            more = f" and {left} more" if left else ""
+            raise UserError(f"{where}: {'; '.join(shown)}{more}: see the docstring of sorax/lpips.py")
         params = {}
         for name in wanted:
             value = np.asarray(tensors[name], np.float32)
@@ -84,7 +97,11 @@ class LPIPS:
         """Distance float32 `[B]` of pictures a and b `[B, H, W, 3]` in [-1, 1], at least 16 pixels a side.
 
         params: in place of the metric's own, to pass them into a compiled function as an argument.
+        Raises UserError for smaller pictures.
         """
+        if min(a.shape[1:3]) < LEAST_SIDE:
+            raise UserError(f"LPIPS compares pictures of at least {LEAST_SIDE} pixels a side, these are {a.shape[1]} x "
+                            f"{a.shape[2]}: take larger crops, or do without it")  # fmt: skip
         params = self.params if params is None else params
         both = jnp.concatenate([a, b]).astype(jnp.float32)
         x = (both - jnp.asarray(SHIFT)) / jnp.asarray(SCALE)

@@ -275,6 +275,10 @@ def load_vae(workdir: str):
     if step < config.train.steps:
         raise UserError(f"the VAE in {workdir!r} is at step {step} of {config.train.steps}: finish it first, with "
                         f"`sorax train --workdir {workdir}` and its config")  # fmt: skip
+    if not np.any(params["latents_mean"]):  # zeros until they are measured
+        raise UserError(f"the VAE in {workdir!r} is at step {step}, but was to go on from there, so the statistics of "
+                        "its latents were not measured: call `sorax train` with its config and "
+                        f"--config.train.steps={step + 1}")  # fmt: skip
     return vae_config, params, _identity(params)
 
 

@@ -65,10 +65,7 @@ def check_frames(config: VAEConfig, video):
     """Raises UserError unless video `[T, H, W, 3]` is uint8, or float in [-1, 1], and fits the VAE's grid in space."""
     shape, dtype = video.shape, video.dtype
     if len(shape) != 4 or shape[-1] != 3:
-        found = [axis for axis, size in enumerate(shape) if size == 3]
-        moved = found and len(shape) == 4
-        hint = f"move axis {found[0]} to the end" if moved else "pass a list of videos, each with channels last"
-        raise UserError(f"a video is [T, H, W, 3], this one is {list(shape)}: {hint}")
+        raise UserError(f"a video is [T, H, W, 3], this one is {list(shape)}: {_shape_hint(shape)}")
     if dtype != np.uint8:
         if not jnp.issubdtype(dtype, jnp.floating):  # numpy does not count bfloat16
             raise UserError(f"a video holds uint8 (0 to 255) or floats in [-1, 1], this one {dtype}: "
@@ -81,6 +78,17 @@ def check_frames(config: VAEConfig, video):
         config.latent_shape(1, *shape[1:3])
     except ValueError as error:
         raise UserError(f"{error}: crop or scale it") from error
+
+
+def _shape_hint(shape):
+    """What to do with an array of this shape, which is not [T, H, W, 3], to make a video of it."""
+    if len(shape) == 5:
+        return "pass a list of videos"
+    if len(shape) == 3 and shape[-1] == 3:
+        return "pass a frame as video[None], and several videos as a list"
+    if len(shape) == 4 and 3 in shape:
+        return f"move axis {shape.index(3)} to the end"
+    return "pass RGB frames, channels last" if len(shape) in (3, 4) else "pass a list of arrays"
 
 
 def check_video(config: VAEConfig, video):
@@ -96,16 +104,19 @@ def check_latents(config: VAEConfig, latents):
     """Raises UserError unless latents are finite floats `[t, h, w, C]` with the VAE's C."""
     shape, dtype, channels = latents.shape, latents.dtype, config.latent_channels
     if len(shape) != 4 or shape[-1] != channels or 0 in shape[1:]:
-        raise UserError(f"latents of this VAE are [t, h, w, {channels}] (channels last), these are {list(shape)}")
+        raise UserError(f"latents of this VAE are [t, h, w, {channels}] (channels last), these are {list(shape)}: "
+                        "pass those of each video as its encoding returned them")  # fmt: skip
     if not jnp.issubdtype(dtype, jnp.floating):
         raise UserError(f"latents are floats, these are {dtype}: pass what encoding returned")
     _check_values(latents, "latents")
 
 
 def _check_values(array, what):
-    bad = array.size - np.count_nonzero(np.isfinite(np.asarray(array)))
-    if bad:
-        raise UserError(f"{what}: {bad} of {array.size} values are NaN or infinite: look at where they were made")
+    bad = ~np.isfinite(np.asarray(array))
+    if count := np.count_nonzero(bad):
+        first = np.unravel_index(np.argmax(bad), bad.shape)
+        raise UserError(f"{what}: {count} of {array.size} values are NaN or infinite, the first at "
+                        f"{[int(i) for i in first]}: look at where they were made")  # fmt: skip
 
 
 class _Stream:

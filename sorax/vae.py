@@ -33,6 +33,14 @@ class VAEConfig:
     shortcuts: bool = False  # [is_residual]; Wan 2.2: averages past each stage of the encoder, copies in the decoder
 
     def __post_init__(self):
+        for name in ("base_width", "width_multipliers", "num_res_blocks", "latent_channels", "pixel_patch",
+                     "decoder_base_width"):  # fmt: skip
+            value = getattr(self, name)
+            if name == "decoder_base_width" and value is None:
+                continue
+            sizes = value if isinstance(value, tuple | list) else (value,)
+            if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
+                raise ValueError(f"{name} is {value!r}: it takes whole numbers of at least 1")
         if len(self.temporal_downsample) != len(self.width_multipliers) - 1:
             raise ValueError(
                 f"temporal_downsample needs one entry for each of the {len(self.width_multipliers) - 1} "
@@ -344,11 +352,16 @@ class VAE(nnx.Module):
         return mean, logvar, past.frames
 
     def decode(self, z, *, remat: bool = False):
-        """Video `[B, T, H, W, 3]` of latents z `[B, t, h, w, C]` that are not normalised; not clipped to [-1, 1]."""
+        """Video `[B, T, H, W, 3]` of latents z `[B, t, h, w, C]` that are not normalised; not clipped to [-1, 1].
+
+        Raises:
+            ValueError: z has another number of channels, or integers are given.
+        """
         return self.show(self.decode_features(z, remat=remat))
 
     def decode_features(self, z, *, remat: bool = False):
         """`decode` up to its last convolution, which is `show`: `[B, T, H', W', C]`."""
+        self._check_latents(z)
         return self.decoder.features(self.post_quant_conv(z), remat=remat)
 
     def show(self, features):
@@ -371,6 +384,7 @@ class VAE(nnx.Module):
             video `[B, T, H, W, 3]`, T = 4t - 3 in the first chunk (frames None), 4t in later ones; and what the next
             chunk needs.
         """
+        self._check_latents(z)
         past = Past(frames)
         return self._unfold(self.decoder(self.post_quant_conv(z), past)), past.frames
 
@@ -379,6 +393,13 @@ class VAE(nnx.Module):
             raise ValueError(f"the VAE takes videos [B, T, H, W, 3] (channels last), got {video.shape}")
         if not jnp.issubdtype(video.dtype, jnp.floating):
             raise ValueError(f"the VAE takes floats in [-1, 1], got {video.dtype}: divide by 127.5, subtract 1")
+
+    def _check_latents(self, z):
+        if z.ndim != 5 or z.shape[-1] != self.config.latent_channels:
+            channels = self.config.latent_channels
+            raise ValueError(f"the VAE takes latents [B, t, h, w, {channels}] (channels last), got {z.shape}")
+        if not jnp.issubdtype(z.dtype, jnp.floating):
+            raise ValueError(f"the VAE takes latents that are floats, got {z.dtype}: pass what encoding returned")
 
     def _moments(self, x):
         mean, logvar = jnp.split(self.quant_conv(x), 2, axis=-1)

@@ -154,6 +154,7 @@ def _stages(section, data, steps, grid):
         if not hasattr(settings, "items"):
             raise UserError(f"{where} is {settings!r}: a stage is a dict of `steps` and of keys of config.data")
         settings, rest = dict(settings), number == len(data.stages)
+        place = "config.data" if rest else where
         count = settings.pop("steps", None)
         if not rest and (not isinstance(count, int) or count < 1):
             found = "no `steps`" if count is None else f"steps={count!r}"
@@ -166,6 +167,8 @@ def _stages(section, data, steps, grid):
         own = section.to_dict()
         for name, value in settings.items():
             own[name] = own[name] | dict(value) if isinstance(own[name], dict) else value
+        if not isinstance(own["batch"], int) or own["batch"] < 1:
+            raise UserError(f"{place}: batch is {own['batch']!r}: a step takes at least 1 clip")
         end = max(steps, end) if rest else end + count
         # Stages of one data set differ in their crops and batches, and share the source.
         key = repr(sorted((name, value) for name, value in own.items() if name not in ("batch", "crop", "stages")))
@@ -174,9 +177,9 @@ def _stages(section, data, steps, grid):
             sources[key] = open_source(own, **grid | dict(index_cache=cache))
         crop = own.get("crop") or data.crop
         try:
-            check_crop(crop, grid["temporal_stride"])
+            check_crop(crop, grid["temporal_stride"], grid["spatial_multiple"])
         except UserError as error:
-            raise UserError(f"{'config.data' if rest else where}: {error}") from error
+            raise UserError(f"{place}: {error}") from error
         stages.append(_Stage(end, own["batch"], tuple(crop) if crop else None, sources[key]))
     return stages
 

@@ -100,9 +100,11 @@ def wrong_videos():
         "no frames": (video[:0], "got 0: there is nothing in it"),
         "channels first": (np.moveaxis(video, -1, 0), r"\[3, 5, 8, 12\]: move axis 0 to the end"),
         "channels second": (np.moveaxis(video, -1, 1), "move axis 1 to the end"),
-        "a batch": (video[None], "pass a list of videos, each with channels last"),
-        "grey": (video[..., :1], "channels last"),
-        "NaN": (some_nan, "3 of 1440 values are NaN or infinite"),
+        "a batch": (video[None], r"\[1, 5, 8, 12, 3\]: pass a list of videos"),
+        "a frame": (video[0], r"pass a frame as video\[None\]"),
+        "grey": (video[..., :1], "pass RGB frames, channels last"),
+        "a name": ("video.mp4", "pass a list of arrays"),
+        "NaN": (some_nan, r"3 of 1440 values are NaN or infinite, the first at \[2, 3, 4, 0\]"),
         "bytes as floats": (floats + 200, r"values in \[-1, 1\], this one up to 200: pass uint8, or divide by 127.5"),
         "integers": (video.astype(np.int64), r"uint8 .* or floats in \[-1, 1\], this one int64"),
         "off the grid": (video[:, :, :11], "multiples of 2, got 8 x 11 .*: crop or scale it"),
@@ -114,6 +116,14 @@ def test_a_wrong_video_is_refused_in_words(codec, name):
     video, message = wrong_videos()[name]
     with pytest.raises(UserError, match=message):
         codec.encode([video])
+
+
+def test_of_several_the_wrong_one_is_named(codec, videos):
+    with pytest.raises(UserError, match=r"video\[2\] of 3: .* got 4: cut it to 3"):
+        codec.encode([*videos[:2], videos[2][:4]])
+    latents = np.zeros((2, 4, 4, 3), np.float32)
+    with pytest.raises(UserError, match=r"latents\[1\] of 2: .* these are \[2, 4, 3, 4\]: pass those of each video"):
+        codec.decode([latents, latents.swapaxes(2, 3)])
 
 
 @pytest.mark.parametrize(

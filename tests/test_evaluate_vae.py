@@ -174,6 +174,8 @@ def test_folders_that_hold_no_vae_are_named(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         kind_of(str(tmp_path / "nowhere"))
     (tmp_path / "config.json").write_text('{"hidden_size": 4}')
+    with pytest.raises(UserError, match="is a file: name the folder that it is in"):
+        kind_of(str(tmp_path / "config.json"))
     with pytest.raises(UserError, match="neither a run nor a diffusers folder"):
         open_vae(str(tmp_path))
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
@@ -226,7 +228,7 @@ def test_an_exported_vae_reads_back_the_same_in_both_generations(config, tmp_pat
     assert {path.name for path in out.iterdir()} == {"config.json", f"{convert.WEIGHTS}.safetensors",
                                                      "provenance.json", "README.md"}  # fmt: skip
     card = (out / "README.md").read_text()
-    assert "7 training steps" in card and ("Wan 2.2" in card) == config.shortcuts
+    assert "7 training steps, stored as f32." in card and ("Wan 2.2" in card) == config.shortcuts
     again = export_vae.export_vae_folder(str(out), tmp_path / "own", form="safetensors")
     np.testing.assert_array_equal(load_file(again / "vae.safetensors")["quant_conv/bias"], params["quant_conv"]["bias"])
     assert json.loads((again / "provenance.json").read_text())["identity"] == identity

@@ -143,7 +143,7 @@ def test_model_card_says_how_to_run_it(networks, tmp_path):
     out = export.export_diffusers(networks, TOKENIZER, tmp_path / "out", shift=3.0, metadata=metadata)
     card = (out / "README.md").read_text()
     assert card.startswith("---\nlicense: apache-2.0\nlibrary_name: diffusers\n")
-    assert "7 training steps" in card and '"a \\"{x}\\" circle"' in card and "fps=6" in card
+    assert "7 training steps, stored as f32." in card and '"a \\"{x}\\" circle"' in card and "fps=6" in card
 
 
 def test_own_format_keeps_names_and_values(networks, tmp_path):
@@ -245,6 +245,11 @@ SPOILT = {
     "other text encoder": (lambda f: edit_json(f / "text_encoder" / "config.json", model_type="bert"), "'bert'"),
     "other depth": (lambda f: edit_json(f / "transformer" / "config.json", num_layers=3), "lacks 27"),
     "no deviations": (lambda f: edit_json(f / "vae" / "config.json", latents_std=None), "latents_std must hold 4"),
+    "words for deviations": (lambda f: edit_json(f / "vae" / "config.json", latents_std=["a"]), "std must hold 4"),
+    "a word for a width": (lambda f: edit_json(f / "vae" / "config.json", decoder_base_dim="a"), "width is 'a'"),
+    "no deviation": (
+        lambda f: edit_json(f / "vae" / "config.json", latents_std=[1.0, 0.0, 1.0, 1.0]), "not positive.*copy",
+    ),
     "escape": (lambda f: shard(f, lambda name: "../../elsewhere.safetensors"), "refused"),
     "shard missing": (
         lambda f: shard(f, lambda name: "b.safetensors" if name == "proj_out.bias" else "a.safetensors"),

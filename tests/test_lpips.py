@@ -83,11 +83,18 @@ def test_files_are_read_and_faulty_ones_are_explained(tensors, metric, tmp_path)
     jax.tree.map(np.testing.assert_array_equal, read.params, metric.params)
     faulty = {k: v for k, v in tensors.items() if not k.startswith("lin")} | {"features.0.bias": np.zeros(3)}
     save_file(faulty, path)
-    with pytest.raises(UserError, match=r"lin0.model.1.weight is missing.*and 2 more.*sorax/lpips.py"):
+    with pytest.raises(UserError, match=r"lin0.* is missing; .*bias is \(3,\), not \(64,\) and 3 more: .*lpips.py"):
         LPIPS.load(path)
-    save_file(tensors | {"features.0.bias": np.zeros(3, np.float32)}, path)
-    with pytest.raises(UserError, match=r"features.0.bias is \(3,\), not \(64,\)"):
+    spoilt = dict(tensors, strange=np.zeros(3, np.float32))
+    spoilt["features.0.bias"] = np.full(64, np.nan, np.float32)
+    save_file(spoilt, path)
+    with pytest.raises(UserError, match=r"strange has no place; features.0.bias holds NaN"):
         LPIPS.load(path)
     pathlib.Path(path).write_bytes(b"not safetensors")
     with pytest.raises(UserError, match="cannot be read"):
         LPIPS.load(path)
+
+
+def test_pictures_too_small_for_four_poolings_are_refused(metric):
+    with pytest.raises(UserError, match="at least 16 pixels a side, these are 16 x 15: take larger crops"):
+        metric(*np.zeros((2, 1, 16, 15, 3), np.float32))

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import os
+import pathlib
 import re
+import shutil
 import time
 import types
 
@@ -19,6 +21,7 @@ from sorax.checkpoint import ITEMS
 from sorax.errors import UserError
 from sorax.optim import OptimConfig, make_tx
 from sorax.runlog import Trace
+from sorax.runs import load_vae
 from sorax.train import TrainState, _rates, make_step, train
 
 STEPS, SAVED, INTERRUPTED = 4, 2, 3  # the third step is lost, and done again
@@ -138,6 +141,20 @@ def test_a_finished_run_is_left_alone(vae_run, vae_config, capsys):
     train(vae_config, vae_run)
     assert f"already at step {STEPS} of {STEPS}" in capsys.readouterr().out
     assert metrics_of(vae_run) == before
+
+
+def test_a_vae_that_stopped_before_its_end_has_no_latent_statistics_and_is_refused(vae_run, tmp_path):
+    """Also where `train.steps` was lowered to where it stopped."""
+    workdir = str(tmp_path / "stopped")
+    shutil.copytree(vae_run, workdir)
+    shutil.rmtree(os.path.join(workdir, "checkpoints", str(STEPS)))
+    with pytest.raises(UserError, match=f"at step {SAVED} of {STEPS}: finish it first"):
+        load_vae(workdir)
+    config = json.loads((path := pathlib.Path(workdir, "config.json")).read_text())
+    config["train"]["steps"] = SAVED
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"not measured: .*--config.train.steps={SAVED + 1}"):
+        load_vae(workdir)
 
 
 def weighted_regression(params, batch, key, step, constants):

@@ -200,11 +200,15 @@ STAGES = {
     "no dict": ((5,), r"stages\[0\] is 5: a stage is a dict"),
     "no steps": (({"batch": 2},), r"stages\[0\] has no `steps`"),
     "no number": (({"steps": 0},), "has steps=0"),
+    "no batch": (({"steps": 1, "batch": 0},), r"stages\[0\]: batch is 0: a step takes at least 1"),
     "a slip": (({"steps": 1, "bacth": 2},), "sets 'bacth': did you mean 'batch'"),
     "half a crop": (
         ({"steps": 1, "crop": (1, 0, 0)}, {"steps": 1, "crop": (9, 48)}), r"stages\[1\]: crop \(9, 48\): it is",
     ),
     "a crop off the grid": (({"steps": 1, "crop": (8, 0, 0)},), r"stages\[0\]: .* 2n \+ 1 frames"),
+    "a side off the grid": (
+        ({"steps": 1, "crop": (1, 0, 33)},), r"stages\[0\]: crop .* multiples of 4, such as \(1, 0, 36\)",
+    ),
 }
 
 

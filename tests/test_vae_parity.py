@@ -23,8 +23,6 @@ from make_vae_fixtures import CONFIGS, FRAMES, STATS, draw_weight, inputs  # noq
 
 TOLERANCE = 1e-4  # of the largest value
 REFERENCE = np.load(FIXTURES / "vae.npz")
-# Wan-AI/Wan2.2-TI2V-5B: what its vae/config.json says.
-WAN_22 = VAEConfig(base_width=160, decoder_base_width=256, latent_channels=48, pixel_patch=2, shortcuts=True)
 
 
 def to_theirs(x):
@@ -116,15 +114,22 @@ def export_tensors(config, params):
     return [(n, n.to_theirs(leaves[n.ours])) for n in convert.vae_names(config)]
 
 
-def test_published_sizes_of_both_generations():
-    """Names and shapes as in the published folders, of which these are the counts."""
-    for config, parameters, tensors in ((VAEConfig(), 126_892_531, 194), (WAN_22, 704_688_668, 196)):
-        shapes = abstract(VAE, config)[1]
-        leaves = {path_string(p): x for p, x in jax.tree_util.tree_leaves_with_path(shapes)}
-        names = convert.vae_names(config)
-        assert len(names) == tensors
-        assert sum(int(np.prod(n.shape(leaves))) for n in names) == parameters
-        assert count(shapes) - 2 * config.latent_channels == parameters
+PUBLISHED = {  # configuration, parameters
+    "2.1": (VAEConfig(), 126_892_531),
+    # Wan-AI/Wan2.2-TI2V-5B: what its vae/config.json says.
+    "2.2": (VAEConfig(base_width=160, decoder_base_width=256, latent_channels=48, pixel_patch=2, shortcuts=True),
+            704_688_668),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes_have_the_names_and_shapes_of_the_published_tensors(name):
+    config, parameters = PUBLISHED[name]
+    shapes = abstract(VAE, config)[1]
+    leaves = {path_string(p): x for p, x in jax.tree_util.tree_leaves_with_path(shapes)}
+    ours = {n.theirs: list(n.shape(leaves)) for n in convert.vae_names(config)}
+    assert ours == json.loads((FIXTURES / "vae_tensors.json").read_text())[name]
+    assert count(shapes) - 2 * config.latent_channels == parameters
 
 
 def test_unread_widths_of_shortcuts_are_refused():

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from random_params import assert_close, random_params
 
 from sorax import encode, sharding
@@ -54,6 +55,22 @@ def test_chunks_on_eight_devices_equal_one(name):
     """Rows that do not divide: it is the width that is split."""
     mesh = sharding.make_mesh(data=1, context=8)
     assert_same(name, clips(name, 1, 13, 3, 8), mesh, 1)
+
+
+@each_generation
+def test_videos_decoded_on_eight_devices_equal_one_before_they_are_rounded(name):
+    """To 1e-5 of the largest value: bytes, which the codec returns, would hide more."""
+    (graphdef, params), mesh = NETWORKS[name], sharding.make_mesh(data=1, context=8)
+    place = sharding.video_sharding(mesh, 8, 3, whole_batch=True)
+    z = np.random.default_rng(1).standard_normal((1, 3, 8, 3, 3)).astype(np.float32)
+
+    def decode(params, z):
+        return nnx.merge(graphdef, params).decode(z)
+
+    params_there = jax.device_put(params, sharding.replicated(mesh))
+    split = jax.jit(decode, out_shardings=place)(params_there, jax.device_put(z, place))
+    assert len({str(shard.index) for shard in split.addressable_shards}) == 8  # none has all
+    assert_close(split, jax.jit(decode)(params, z))
 
 
 def test_streams_on_eight_devices_equal_one():
