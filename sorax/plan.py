@@ -192,7 +192,7 @@ def _work(recipe, task, mesh, rows, program):
     count, memory = sum(map(functional.count, params_of(task).values())), program.memory
     return roofline.Work(
         affine=affine + level_table + text, attention=attention,
-        places=data.batch * data.row_tokens, width=model.width, layers=model.num_layers,
+        places=data.batch * data.row_tokens, width=model.width, layers=model.num_layers, head_dim=model.head_dim,
         state=2 * memory.params + memory.ema + memory.moments, weights=2 * count / mesh.shape["tensor"],
         passes=recipe.settings.accumulate,
     )  # fmt: skip
@@ -218,7 +218,7 @@ def _sample_estimate(program, task, rows, mesh, topology):
         return None
     count = 2 * sharding.batch_parts(mesh) * rows.samples
     attention = flops.dit_attention(task.model, [rows.tokens] * count, [rows.text] * count)
-    peak = topology.device.flops * mesh.size
     sent = roofline.traffic(program.collectives, mesh, topology.device, topology.dims)
-    affine = (program.flops - attention) / peak / roofline.MATMUL_EFFICIENCY
-    return affine + attention / peak / roofline.ATTENTION_EFFICIENCY + sum(sent.values())
+    return sum(sent.values()) + roofline.compute_seconds(
+        program.flops - attention, attention, task.model.head_dim, topology.device, mesh.size
+    )

@@ -75,7 +75,8 @@ def candidates(config, topology: Topology, video=None) -> list[Candidate]:
         sent = _traffic(axes, parameters, tokens, model, recipe.settings.accumulate, topology, remat)
         work = roofline.Work(
             affine=affine, attention=attention, places=batch * row_tokens, width=model.width, layers=model.num_layers,
-            state=shard * (STATE_BYTES + 4), weights=2 * parameters / axes[3], passes=recipe.settings.accumulate,
+            head_dim=model.head_dim, state=shard * (STATE_BYTES + 4), weights=2 * parameters / axes[3],
+            passes=recipe.settings.accumulate,
         )  # fmt: skip
         step = roofline.estimate(work, remat, topology.device, count, sent).step
         found.append(Candidate(axes, remat, batch, row_tokens, memory, step / (batch * rows.samples * rows.tokens)))
