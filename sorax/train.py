@@ -15,6 +15,7 @@ from sorax import backend, processes, sharding
 from sorax import config as config_lib
 from sorax.checkpoint import Checkpoints
 from sorax.devices import peak_flops
+from sorax.dit import REMAT
 from sorax.errors import UserError
 from sorax.optim import evaluation_params, learning_rate, make_tx, update_ema
 from sorax.runlog import Progress, RunLog, Trace
@@ -32,6 +33,12 @@ class TrainConfig:
     freeze: tuple[str, ...] = ()  # networks that keep the weights of config.init: text (or dit)
     remat: str = "none"  # what the backward pass recomputes, see `DiT.__call__`
     unroll: bool = False  # a loop over the layers in place of a scan: faster on a CPU, slower to compile
+
+    def __post_init__(self):
+        if self.remat not in REMAT:
+            raise ValueError(f"remat is {self.remat!r}: use one of {', '.join(REMAT)}")
+        if self.accumulate < 1:
+            raise ValueError(f"accumulate is {self.accumulate}: a step has at least one micro-batch")
 
 
 @dataclasses.dataclass(frozen=True)

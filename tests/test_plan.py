@@ -231,6 +231,8 @@ def fails(capsys, *argv):
 def test_bad_arguments_are_named(capsys):
     assert "known are v4" in fails(capsys, "--topology", "v3:2x2")
     if importlib.util.find_spec("libtpu"):
+        assert "such as 1e12" in fails(capsys, "--topology", "v5e:2x2", "--tokens", "-5")
+        assert "try v5e:1x1, v5e:2x2, v5e:2x4" in fails(capsys, "--topology", "v5e:3x5")
         assert "81x720x1280" in fails(capsys, "--topology", "v5e:2x2", "--video", "big")
         assert "train,sample,encode,decode" in fails(capsys, "--topology", "v5e:2x2", "--programs", "all")
 

@@ -15,11 +15,12 @@ import pytest
 from conftest import tiny_config
 
 from sorax import cli, objectives, processes, sharding
+from sorax import config as config_lib
 from sorax.checkpoint import ITEMS
 from sorax.errors import UserError
 from sorax.optim import OptimConfig, make_tx
 from sorax.runlog import Trace
-from sorax.train import TrainState, _rates, make_step, train
+from sorax.train import TrainConfig, TrainState, _rates, make_step, train
 
 STEPS, SAVED, INTERRUPTED = 4, 2, 3  # the third step is lost, and done again
 KEEPING = f"every={SAVED}", "keep=2"
@@ -235,6 +236,15 @@ def test_a_profile_is_written(tmp_path):
         trace.at(0, jnp.zeros(2))
         trace.at(1, jax.jit(jnp.sin)(jnp.zeros(2)))
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+@pytest.mark.parametrize("values, message", [
+    (dict(remat="most"), "remat is 'most': use one of none, full, dots, offload"),
+    (dict(accumulate=0), "at least one micro-batch"),
+])  # fmt: skip
+def test_a_train_section_that_cannot_be_is_refused(values, message):
+    with pytest.raises(UserError, match=f"config section 'train': {message}"):
+        config_lib.build(TrainConfig, values, "train")
 
 
 @pytest.mark.parametrize("text", ["5", "5:", "3:3", "9:2", "a:b", "-1:4"])
