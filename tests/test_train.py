@@ -240,7 +240,7 @@ def test_a_profile_is_written(tmp_path):
 
 @pytest.mark.parametrize("values, message", [
     (dict(remat="most"), "remat is 'most': use one of none, full, dots, offload"),
-    (dict(accumulate=0), "at least one micro-batch"),
+    (dict(accumulate=0), "accumulate is 0: a step has at least one micro-batch"),
 ])  # fmt: skip
 def test_a_train_section_that_cannot_be_is_refused(values, message):
     with pytest.raises(UserError, match=f"config section 'train': {message}"):
