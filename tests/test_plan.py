@@ -199,6 +199,13 @@ def test_a_search_tries_what_is_possible_and_the_fastest_first():
     assert {c.remat for c in found} >= {"none", "dots", "full"}
 
 
+def test_a_search_keeps_the_videos_and_the_tokens_of_a_step():
+    """One row of one video: half of it does not hold the video, and there is no row of two."""
+    config = config_lib.load_config(str(ROOT / "experiments" / "wan_14b.py"), ["data.batch=1"], plan.complete)
+    place = dataclasses.replace(here(), device=V5P)
+    assert {(c.batch, c.row_tokens) for c in plan_search.candidates(config, place)} == {(1, 75_776)}
+
+
 def test_a_search_puts_what_cannot_fit_behind():
     config = config_lib.load_config(str(ROOT / "experiments" / "wan_14b.py"), ["data.batch=4"], plan.complete)
     place = dataclasses.replace(here(), device=V5P)
