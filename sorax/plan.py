@@ -139,12 +139,14 @@ def make_plan(
     Raises:
         UserError: the mesh, the batch or the heads cannot be laid over the topology; see also `read`.
     """
+    from sorax.train import check_micro_batches
+
     recipe = read(config)
     mesh = sharding.make_mesh(**config.mesh, devices=topology.devices)
     task = dit_task(recipe.config, recipe.data, recipe.settings, mesh)
     check_networks(task.model, task.text_model, recipe.vae)
     check_rows(recipe.data, task.model, mesh)
-    _check_micro_batches(recipe, mesh)
+    check_micro_batches(recipe.data.batch, recipe.settings.accumulate, mesh)
     rows = usual_rows(recipe, task.model, video)
     lengths, texts = ([n] * rows.samples * recipe.data.batch for n in (rows.tokens, rows.text))
     makers = dict(train=train_program, sample=sample_program, encode=functools.partial(vae_program, ENCODE),
@@ -166,13 +168,6 @@ def make_plan(
         sample_seconds=_sample_estimate(by_name.get("sample"), task, rows, mesh, topology),
         peak=topology.device.flops * mesh.size,
     )  # fmt: skip
-
-
-def _check_micro_batches(recipe, mesh):
-    ranks = sharding.batch_parts(mesh)
-    if recipe.data.batch // ranks % recipe.settings.accumulate:
-        raise UserError(f"config.train.accumulate is {recipe.settings.accumulate}, which does not divide the "
-                        f"{recipe.data.batch // ranks} rows of each of {ranks} data-parallel ranks")  # fmt: skip
 
 
 # --- Estimates

@@ -37,8 +37,9 @@ class TrainConfig:
     def __post_init__(self):
         if self.remat not in REMAT:
             raise ValueError(f"remat is {self.remat!r}: use one of {', '.join(REMAT)}")
-        if self.accumulate < 1:
-            raise ValueError(f"accumulate is {self.accumulate}: a step has at least one micro-batch")
+        for name in ("steps", "log_every", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it is at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,11 @@ class CheckpointConfig:
 
     every: int = 1000
     keep: int = 2
+
+    def __post_init__(self):
+        for name in ("every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it is at least 1")
 
 
 @flax.struct.dataclass
@@ -65,6 +71,15 @@ def compute_dtype(name: str, platform: str):
     if name not in ("float32", "bfloat16"):
         raise UserError(f"config.train.dtype is {name!r}: use float32, bfloat16 or auto")
     return jnp.dtype(name)
+
+
+def check_micro_batches(batch: int, accumulate: int, mesh):
+    """Raises UserError where the rows of a batch, or its clips, cannot be cut into so many equal micro-batches."""
+    ranks = sharding.batch_parts(mesh)
+    if batch % (ranks * accumulate):
+        raise UserError(f"config.train.accumulate is {accumulate}, which does not divide the {batch // ranks} rows of "
+                        f"each of {ranks} data-parallel ranks: set another, or make config.data.batch a multiple of "
+                        f"{ranks * accumulate}")  # fmt: skip
 
 
 def make_init(objective, tx):
@@ -160,6 +175,9 @@ def train(config, workdir: str, *, title: str | None = None, profile: tuple[int,
     keeping = config_lib.build(CheckpointConfig, config.checkpoint, "checkpoint")
     backend.keep_programs()
     mesh = sharding.make_mesh(**config.mesh)
+    if settings.accumulate > 1:
+        for part in (config.data, *config.data.get("stages", ())):
+            check_micro_batches(part.get("batch", config.data.batch), settings.accumulate, mesh)
     try:
         os.makedirs(workdir, exist_ok=True)
     except OSError as error:
