@@ -1,5 +1,6 @@
 """`sorax plan`: what a training would take on TPUs that are not here."""
 
+import math
 import re
 
 from sorax.errors import UserError
@@ -32,6 +33,8 @@ def plan_verb(arguments, overrides):
     from sorax import plan, plan_report, plan_search
     from sorax.objectives import complete
 
+    if not 0 <= arguments.tokens < math.inf:
+        raise UserError(f"--tokens is {arguments.tokens:g}: it is a number of tokens, such as 1e12")
     config = config_lib.load_config(arguments.config, overrides, complete)
     place = topology.open_topology(arguments.topology, arguments.slices)
     names, video = _programs(arguments.programs), _video(arguments.video)

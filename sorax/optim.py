@@ -55,6 +55,11 @@ class OptimConfig:
                              "schedule to constant")  # fmt: skip
         if self.optimizer == "schedule_free" and not 0 < self.b1 < 1:
             raise ValueError(f"b1 is {self.b1}: schedule_free takes it between 0 and 1")
+        for name in ("lr", "vector_lr", "warmup_steps", "final_lr", "weight_decay", "clip_norm", "clip_sigmas"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it is not negative")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay is {self.ema_decay}: it is from 0 (no average) to below 1")
         if not 0 < self.decay_fraction <= 1:
             raise ValueError(f"decay_fraction is {self.decay_fraction}: it is a part of the steps, above 0 and up to 1")
 

@@ -139,12 +139,14 @@ def make_plan(
     Raises:
         UserError: the mesh, the batch or the heads cannot be laid over the topology; see also `read`.
     """
+    from sorax.train import check_micro_batches
+
     recipe = read(config)
     mesh = sharding.make_mesh(**config.mesh, devices=topology.devices)
     task = dit_task(recipe.config, recipe.data, recipe.settings, mesh)
     check_networks(task.model, task.text_model, recipe.vae)
     check_rows(recipe.data, task.model, mesh)
-    _check_micro_batches(recipe, mesh)
+    check_micro_batches(recipe.data.batch, recipe.settings.accumulate, mesh)
     rows = usual_rows(recipe, task.model, video)
     lengths, texts = ([n] * rows.samples * recipe.data.batch for n in (rows.tokens, rows.text))
     makers = dict(train=train_program, sample=sample_program, encode=functools.partial(vae_program, ENCODE),
@@ -168,13 +170,6 @@ def make_plan(
     )  # fmt: skip
 
 
-def _check_micro_batches(recipe, mesh):
-    ranks = sharding.batch_parts(mesh)
-    if recipe.data.batch // ranks % recipe.settings.accumulate:
-        raise UserError(f"config.train.accumulate is {recipe.settings.accumulate}, which does not divide the "
-                        f"{recipe.data.batch // ranks} rows of each of {ranks} data-parallel ranks")  # fmt: skip
-
-
 # --- Estimates
 
 
@@ -192,7 +187,7 @@ def _work(recipe, task, mesh, rows, program):
     count, memory = sum(map(functional.count, params_of(task).values())), program.memory
     return roofline.Work(
         affine=affine + level_table + text, attention=attention,
-        places=data.batch * data.row_tokens, width=model.width, layers=model.num_layers,
+        places=data.batch * data.row_tokens, width=model.width, layers=model.num_layers, head_dim=model.head_dim,
         state=2 * memory.params + memory.ema + memory.moments, weights=2 * count / mesh.shape["tensor"],
         passes=recipe.settings.accumulate,
     )  # fmt: skip
@@ -218,7 +213,7 @@ def _sample_estimate(program, task, rows, mesh, topology):
         return None
     count = 2 * sharding.batch_parts(mesh) * rows.samples
     attention = flops.dit_attention(task.model, [rows.tokens] * count, [rows.text] * count)
-    peak = topology.device.flops * mesh.size
     sent = roofline.traffic(program.collectives, mesh, topology.device, topology.dims)
-    affine = (program.flops - attention) / peak / roofline.MATMUL_EFFICIENCY
-    return affine + attention / peak / roofline.ATTENTION_EFFICIENCY + sum(sent.values())
+    return sum(sent.values()) + roofline.compute_seconds(
+        program.flops - attention, attention, task.model.head_dim, topology.device, mesh.size
+    )

@@ -44,6 +44,11 @@ class Candidate:
 def candidates(config, topology: Topology, video=None) -> list[Candidate]:
     """All that are possible, those that should fit and be fast first. Nothing is compiled.
 
+    A step has the same tokens in all, of the same videos: shorter ones would be cheaper a token, and another task.
+
+    Args:
+        video: (frames, height, width) that fill the rows; None for what the experiment's own rows hold.
+
     Raises:
         UserError: there is none.
     """
@@ -52,13 +57,15 @@ def candidates(config, topology: Topology, video=None) -> list[Candidate]:
     mesh = sharding.make_mesh(data=count, devices=topology.devices)
     task = dit_task(recipe.config, data, recipe.settings, mesh)
     model, text = task.model, task.text_model
+    video = video or usual_rows(recipe, model).video
     parameters = sum(map(functional.count, params_of(task).values()))
     found = []
     for scale, axes, remat in itertools.product(ROW_LENGTHS, _axes(count), REMAT):
         ranks, split = axes[0] * axes[1], axes[2] * axes[3]
-        row_tokens, batch = int(data.row_tokens * scale), max(int(data.batch / scale), 1)
-        fits = batch % ranks == 0 and batch // ranks % recipe.settings.accumulate == 0
-        if not fits or model.num_heads % split or row_tokens % axes[2]:
+        row_tokens, batch = int(data.row_tokens * scale), int(data.batch / scale)
+        possible = batch * row_tokens == data.batch * data.row_tokens and batch % ranks == 0
+        possible &= batch // ranks % recipe.settings.accumulate == 0
+        if not possible or model.num_heads % split or row_tokens % axes[2]:
             continue
         here = dataclasses.replace(recipe, data=dataclasses.replace(data, row_tokens=row_tokens, batch=batch))
         try:
@@ -75,7 +82,8 @@ def candidates(config, topology: Topology, video=None) -> list[Candidate]:
         sent = _traffic(axes, parameters, tokens, model, recipe.settings.accumulate, topology, remat)
         work = roofline.Work(
             affine=affine, attention=attention, places=batch * row_tokens, width=model.width, layers=model.num_layers,
-            state=shard * (STATE_BYTES + 4), weights=2 * parameters / axes[3], passes=recipe.settings.accumulate,
+            head_dim=model.head_dim, state=shard * (STATE_BYTES + 4), weights=2 * parameters / axes[3],
+            passes=recipe.settings.accumulate,
         )  # fmt: skip
         step = roofline.estimate(work, remat, topology.device, count, sent).step
         found.append(Candidate(axes, remat, batch, row_tokens, memory, step / (batch * rows.samples * rows.tokens)))

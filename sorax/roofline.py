@@ -12,7 +12,11 @@ from sorax.devices import Device
 from sorax.hlo import Collective
 
 MATMUL_EFFICIENCY = 0.7  # of peak, of large bfloat16 products; dense language models reach 0.6 to 0.7 as a whole
-ATTENTION_EFFICIENCY = 0.5  # of peak, of flash attention with heads of 128
+# Of peak, of flash attention whose heads are as wide as the matrix unit. Narrower heads fill a share of it: those of
+# 128 half of v6e's and tpu7x's. MaxDiffusion's published times of Wan 14B at 720p x 81 frames agree: of training,
+# 36.0 s on 4 chips of v5p leave attention 0.47; of guided sampling, 6.3 s a step on 8 chips of v6e and 5.3 s on 4 of
+# tpu7x leave it 0.23 and 0.22, were products at MATMUL_EFFICIENCY.
+ATTENTION_EFFICIENCY = 0.5
 WIDTH_TRAFFIC = 68  # values of a token's width that a layer reads and writes, forward, beside its products
 BACKWARD_TRAFFIC = 2  # of the same, backward / forward
 # Backward / forward products of flash attention, which makes the scores again in both of its backward kernels: 7 / 2.
@@ -24,8 +28,9 @@ REPEATED = {"none": (0, 0), "dots": (0, 1), "full": (1, 1), "offload": (1, 1)}
 ON_THE_PATH = {"context", "tensor"}
 
 ASSUMPTIONS = (
-    f"products reach {MATMUL_EFFICIENCY:.0%} of peak, attention {ATTENTION_EFFICIENCY:.0%} (it makes scores again in "
-    f"its two backward kernels: {ATTENTION_BACKWARD:g} times the forward products)",
+    f"products reach {MATMUL_EFFICIENCY:.0%} of peak, attention {ATTENTION_EFFICIENCY:.0%} where heads are as wide as "
+    f"the matrix unit and less where they are narrower (it makes scores again in its two backward kernels: "
+    f"{ATTENTION_BACKWARD:g} times the forward products)",
     "affine layers work on every place of a row, attention on pairs of one segment",
     f"element-wise work reads and writes {WIDTH_TRAFFIC} widths a token, layer and forward pass from memory, "
     f"{BACKWARD_TRAFFIC} times that backward, and is not hidden",
@@ -40,8 +45,8 @@ class Work:
     """Of one step over all devices: operations forward, and what they pass over.
 
     affine: of affine layers, on every place of the rows. attention: of attention. places: tokens of rows, padding too.
-    width, layers: of the DiT. state: bytes of parameters, EMA, optimizer and gradients that a device holds. weights:
-    bytes of the weights that a device reads in a pass. passes: micro-batches a step.
+    width, layers, head_dim: of the DiT. state: bytes of parameters, EMA, optimizer and gradients that a device holds.
+    weights: bytes of the weights that a device reads in a pass. passes: micro-batches a step.
     """
 
     affine: float
@@ -49,6 +54,7 @@ class Work:
     places: int
     width: int
     layers: int
+    head_dim: int
     state: float
     weights: float
     passes: int = 1
@@ -73,6 +79,12 @@ class Estimate:
         return max(self.compute + self.elementwise + self.memory, self.hidden) + self.exposed
 
 
+def compute_seconds(affine: float, attention: float, head_dim: int, device: Device, devices: int) -> float:
+    """Seconds that so many operations of affine layers and of attention take, spread over devices."""
+    filled = min(1.0, head_dim / device.matrix_unit)
+    return (affine / MATMUL_EFFICIENCY + attention / (ATTENTION_EFFICIENCY * filled)) / (device.flops * devices)
+
+
 def estimate(work: Work, remat: str, device: Device, devices: int, sent: dict[tuple[str, ...], float]) -> Estimate:
     """Seconds of a training step.
 
@@ -91,7 +103,7 @@ def estimate(work: Work, remat: str, device: Device, devices: int, sent: dict[tu
     exposed = sum(seconds for axes, seconds in sent.items() if ON_THE_PATH & set(axes) and "fsdp" not in axes)
     hidden = sum(sent.values()) - exposed
     return Estimate(
-        compute=affine / peak / MATMUL_EFFICIENCY + attention / peak / ATTENTION_EFFICIENCY, elementwise=elementwise,
+        compute=compute_seconds(affine, attention, work.head_dim, device, devices), elementwise=elementwise,
         memory=memory, exposed=exposed, hidden=hidden,
         best=max((affine + attention) / peak, elementwise + memory, sum(sent.values())),
     )  # fmt: skip

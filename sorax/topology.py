@@ -98,8 +98,9 @@ def open_topology(text: str, slices: int = 1) -> Topology:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
-        raise UserError(f"topology {name!r} with {slices} slice(s) does not exist for libtpu ({reason}): try {SHOWN}, "
-                        f"or one of {', '.join(LAYOUTS)}") from error  # fmt: skip
+        known = [f"{generation}:{'x'.join(map(str, sides))}" for kind, sides in LAYOUTS.values() if kind == generation]
+        raise UserError(f"topology {name!r} with {slices} slice(s) does not exist for libtpu ({reason}): try "
+                        f"{', '.join(known) or SHOWN}") from error  # fmt: skip
     device = device_of(devices[0].device_kind)
     if device is None:
         raise UserError(f"topology {name!r} has {devices[0].device_kind!r}, which sorax/devices.py has no figures of")

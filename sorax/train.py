@@ -15,6 +15,7 @@ from sorax import backend, processes, sharding
 from sorax import config as config_lib
 from sorax.checkpoint import Checkpoints
 from sorax.devices import peak_flops
+from sorax.dit import REMAT
 from sorax.errors import UserError
 from sorax.optim import evaluation_params, learning_rate, make_tx, update_ema
 from sorax.runlog import Progress, RunLog, Trace
@@ -33,6 +34,13 @@ class TrainConfig:
     remat: str = "none"  # what the backward pass recomputes, see `DiT.__call__`
     unroll: bool = False  # a loop over the layers in place of a scan: faster on a CPU, slower to compile
 
+    def __post_init__(self):
+        if self.remat not in REMAT:
+            raise ValueError(f"remat is {self.remat!r}: use one of {', '.join(REMAT)}")
+        for name in ("steps", "log_every", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it is at least 1")
+
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
@@ -40,6 +48,11 @@ class CheckpointConfig:
 
     every: int = 1000
     keep: int = 2
+
+    def __post_init__(self):
+        for name in ("every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it is at least 1")
 
 
 @flax.struct.dataclass
@@ -58,6 +71,15 @@ def compute_dtype(name: str, platform: str):
     if name not in ("float32", "bfloat16"):
         raise UserError(f"config.train.dtype is {name!r}: use float32, bfloat16 or auto")
     return jnp.dtype(name)
+
+
+def check_micro_batches(batch: int, accumulate: int, mesh):
+    """Raises UserError where the rows of a batch, or its clips, cannot be cut into so many equal micro-batches."""
+    ranks = sharding.batch_parts(mesh)
+    if batch % (ranks * accumulate):
+        raise UserError(f"config.train.accumulate is {accumulate}, which does not divide the {batch // ranks} rows of "
+                        f"each of {ranks} data-parallel ranks: set another, or make config.data.batch a multiple of "
+                        f"{ranks * accumulate}")  # fmt: skip
 
 
 def make_init(objective, tx):
@@ -153,6 +175,9 @@ def train(config, workdir: str, *, title: str | None = None, profile: tuple[int,
     keeping = config_lib.build(CheckpointConfig, config.checkpoint, "checkpoint")
     backend.keep_programs()
     mesh = sharding.make_mesh(**config.mesh)
+    if settings.accumulate > 1:
+        for part in (config.data, *config.data.get("stages", ())):
+            check_micro_batches(part.get("batch", config.data.batch), settings.accumulate, mesh)
     try:
         os.makedirs(workdir, exist_ok=True)
     except OSError as error:

@@ -157,11 +157,13 @@ def test_schedules_bear_short_runs(schedule):
         assert np.all(np.isfinite(values)) and np.all(values >= 0) and values[0] > 0
 
 
-def test_an_unknown_name_is_refused():
+def test_an_unknown_name_or_an_impossible_number_is_refused():
     with pytest.raises(ValueError, match="cosine, linear"):
         OptimConfig(schedule="step")
     with pytest.raises(ValueError, match="adamw, muon"):
         OptimConfig(optimizer="sgd")
+    with pytest.raises(ValueError, match="clip_sigmas is -1: it is not negative"):
+        OptimConfig(clip_sigmas=-1)
 
 
 def test_clipping_by_deviation_follows_the_norms_and_not_the_outlier():

@@ -17,12 +17,13 @@ import pytest
 from conftest import tiny_config
 
 from sorax import cli, objectives, processes, sharding
+from sorax import config as config_lib
 from sorax.checkpoint import ITEMS
 from sorax.errors import UserError
 from sorax.optim import OptimConfig, make_tx
 from sorax.runlog import Trace
 from sorax.runs import load_vae
-from sorax.train import TrainState, _rates, make_step, train
+from sorax.train import TrainConfig, TrainState, _rates, make_step, train
 
 STEPS, SAVED, INTERRUPTED = 4, 2, 3  # the third step is lost, and done again
 KEEPING = f"every={SAVED}", "keep=2"
@@ -252,6 +253,24 @@ def test_a_profile_is_written(tmp_path):
         trace.at(0, jnp.zeros(2))
         trace.at(1, jax.jit(jnp.sin)(jnp.zeros(2)))
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+@pytest.mark.parametrize("values, message", [
+    (dict(remat="most"), "remat is 'most': use one of none, full, dots, offload"),
+    (dict(accumulate=0), "accumulate is 0: it is at least 1"),
+])  # fmt: skip
+def test_a_train_section_that_cannot_be_is_refused(values, message):
+    with pytest.raises(UserError, match=f"config section 'train': {message}"):
+        config_lib.build(TrainConfig, values, "train")
+
+
+def test_rows_that_cannot_be_cut_into_micro_batches_are_refused(tmp_path):
+    config = tiny_config("mesh.data=2", "mesh.fsdp=1", "mesh.context=4")
+    with config.unlocked():
+        config.train.accumulate = 3
+    with pytest.raises(UserError, match="accumulate is 3, which does not divide the 4 rows of each of 2"):
+        train(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("text", ["5", "5:", "3:3", "9:2", "a:b", "-1:4"])
