@@ -55,7 +55,8 @@ def load_config(path: str, overrides=(), complete=None) -> ml_collections.Config
 
 
 def apply_overrides(config, overrides):
-    """Applies `a.b=v` strings to a config; v is a Python literal, or a string if it is none."""
+    """Applies `a.b=v` strings to a config; v is a Python literal, or a string if it is none. A list of names may be
+    written with commas alone."""
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals:
@@ -89,6 +90,8 @@ def _parse(text, old, name):
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+    if isinstance(value, str) and isinstance(old, (tuple, list)) and old and all(isinstance(x, str) for x in old):
+        value = tuple(part.strip() for part in value.split(","))
     if isinstance(old, bool) and not isinstance(value, bool):
         raise UserError(f"{name} takes true or false, got {text!r}")
     if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
