@@ -134,8 +134,8 @@ def dit_task(config, data, settings, mesh) -> DiTTask:
         raise UserError(f"config.train.freeze is {settings.freeze}: name one of the networks {', '.join(networks)}")
     if kept and not config.get("init"):
         key = "lora.rank" if lora.rank else "train.freeze"
-        raise UserError(f"config.{key} keeps the weights of {' and '.join(kept)}, but config.init names none: set it to a "
-                        "WanPipeline folder or a run")  # fmt: skip
+        raise UserError(f"config.{key} keeps the weights of {' and '.join(kept)}, but config.init names none: set it "
+                        "to a WanPipeline folder or a run")  # fmt: skip
 
     def init(key):
         if lora.rank:

@@ -11,6 +11,7 @@ import numpy as np
 from data_pipelines.loader import make_loader
 from data_pipelines.packing import token_costs
 from data_pipelines.rows import RowSource
+from data_pipelines.text_tokens import Tokenizer
 from sorax import config as config_lib
 from sorax import flops, media, processes, read_weights, sharding
 from sorax import lora as lora_lib
@@ -213,8 +214,8 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
     # --- Data: latents of every sample, made once
     check_path(data)
     if "dit" in task.frozen and not config.vae.get("path"):
-        raise UserError("config.vae.path is empty, but the DiT is kept as it is: set it to where the DiT's VAE is, such "
-                        f"as the run or folder of config.init ({config.init})")  # fmt: skip
+        raise UserError("config.vae.path is empty, but the DiT is kept as it is: set it to where its VAE is, such as "
+                        f"{config.init} of config.init")  # fmt: skip
     check_rows(data, model, mesh)
     here = sharding.batch_parts(mesh)
     ranks = data.ranks or here
@@ -224,8 +225,11 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
     vae_config, vae_params, vae_identity = prepare_vae(config, workdir)
     check_networks(model, text_model, vae_config)
     codec = Codec(vae_config, vae_params)
-    start_tokenizer(config, workdir)
-    tokenizer, examples, val_examples = prepare_data(config, workdir, codec, vae_identity)
+    wanted = start_tokenizer(config, workdir) if "text" in task.frozen else ""
+    tokenizer, examples, val_examples = prepare_data(config, workdir, codec, vae_identity, wanted)
+    if wanted and tokenizer.identity != Tokenizer.load(wanted).identity:
+        raise UserError(f"the text encoder is kept as it is, but its tokenizer (in {wanted}) is not that of the data: "
+                        "set config.data.tokenizer to it, or encode the latents with it")  # fmt: skip
     cost_a, cost_b = token_costs(model.width, model.ffn_dim)
     row_options = dict(row_tokens=data.row_tokens, row_text=data.row_text, max_segments=data.max_segments,
                        patch_size=model.patch_size, batch_size=data.batch, ranks=ranks,

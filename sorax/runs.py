@@ -16,7 +16,7 @@ from data_pipelines.latent_writer import splits
 from data_pipelines.sources import open_source
 from data_pipelines.text_tokens import Tokenizer
 from sorax import config as config_lib
-from sorax import convert, functional, lora_files, processes, read_weights
+from sorax import convert, functional, lora_files, read_weights
 from sorax import lora as lora_lib
 from sorax.checkpoint import Checkpoints
 from sorax.convert import Networks
@@ -194,14 +194,10 @@ def start_adapters(config, workdir: str):
     return lora_files.start_of(lora, _inside(workdir, lora.init), dit_config)
 
 
-def start_tokenizer(config, workdir: str):
-    """Gives a run that starts from other weights their tokenizer, unless it has one or names one."""
-    folder = _inside(workdir, config.get("init") or "")
-    if not config.get("init") or config.data.get("tokenizer") or Tokenizer.is_in(workdir) or not processes.is_first():
-        return
-    if os.path.isfile(os.path.join(folder, "model_index.json")):
-        folder = os.path.join(folder, "tokenizer")
-    Tokenizer.load(folder, config.text.vocab_size).save(workdir)
+def start_tokenizer(config, workdir: str) -> str:
+    """Folder of the tokenizer that belongs to the text encoder of `config.init`."""
+    folder = _inside(workdir, config.init)
+    return os.path.join(folder, "tokenizer") if os.path.isfile(os.path.join(folder, "model_index.json")) else folder
 
 
 def _first_device(tree):
