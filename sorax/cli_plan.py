@@ -1,5 +1,6 @@
 """`sorax plan`: what a training would take on TPUs that are not here."""
 
+import os
 import re
 
 from sorax.errors import UserError
@@ -31,8 +32,12 @@ def plan_verb(arguments, overrides):
     from sorax import config as config_lib
     from sorax import plan, plan_report, plan_search
     from sorax.objectives import complete
+    from sorax.runs import vae_folder
 
     config = config_lib.load_config(arguments.config, overrides, complete)
+    if arguments.config.endswith(".json") and config.get("kind") == "dit":  # of a run, whose VAE may be inside it
+        with config.unlocked():
+            config.vae.path = vae_folder(config, os.path.dirname(arguments.config))
     place = topology.open_topology(arguments.topology, arguments.slices)
     names, video = _programs(arguments.programs), _video(arguments.video)
     if not arguments.search:

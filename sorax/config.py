@@ -16,6 +16,7 @@ import ml_collections
 from sorax.errors import UserError
 
 CONFIG_FILE = "config.json"
+IMPORTED = "imported"  # folder of a run that `sorax import` made: the weights
 # What may change when a run is continued: how long, how often, where to; never what is learned from what.
 MAY_CHANGE = ("train.steps", "train.log_every", "checkpoint", "eval", "mesh")
 
@@ -175,9 +176,11 @@ def save_config(config, workdir: str, complete, *, write: bool = True):
 
 
 def _has_work(workdir):
-    """Whether a run folder holds what depends on its config: a checkpoint, of its VAE at least, or a tokenizer."""
-    made = ("checkpoints/*", "vae/checkpoints/*", "tokenizer.json")
-    return any(any(pathlib.Path(workdir).glob(pattern)) for pattern in made)
+    """Whether a run folder holds what depends on its config: a checkpoint, of its VAE at least, or a tokenizer that was
+    trained on its captions (that of an imported run came with it)."""
+    folder = pathlib.Path(workdir)
+    made = ["checkpoints/*", "vae/checkpoints/*"] + ([] if (folder / IMPORTED).is_dir() else ["tokenizer.json"])
+    return any(any(folder.glob(pattern)) for pattern in made)
 
 
 def _may_change(key):

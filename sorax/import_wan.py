@@ -15,6 +15,7 @@ import numpy as np
 
 from data_pipelines.text_tokens import Tokenizer
 from sorax import convert, export, lora_files, original_names, read_weights
+from sorax.config import IMPORTED
 from sorax.dit import DiT, DiTConfig
 from sorax.errors import UserError
 from sorax.export_weights import AUTO, MAX_SHARD_BYTES, write_json, write_model
@@ -23,7 +24,7 @@ from sorax.runlog import Progress
 from sorax.text import TextEncoder
 from sorax.vae import VAE
 
-IMPORTED, LORA = "imported", "lora"  # folders of a run
+LORA = "lora"  # folder of a run
 PARTS = ("transformer", "vae", "text_encoder")
 PREFIX = "model.diffusion_model."  # that some single files put before every name
 
