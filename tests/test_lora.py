@@ -33,7 +33,7 @@ from sorax.sharding import make_mesh
 from sorax.train import train
 
 WAN = pathlib.Path(__file__).parent / "fixtures" / "wan"
-STEPS = 20
+STEPS, ALPHA = 20, np.array(8, np.float32)
 TRAIN = (
     "data.path=world", "data.batch=8", "data.row_tokens=64", "data.row_text=128", "data.val_samples=4",
     f"train.steps={STEPS}", "train.remat=none", "optim.lr=1e-2", "optim.warmup_steps=0", "eval.num_steps=2",
@@ -339,7 +339,7 @@ def renamed(tensors, style):
                    ("_blocks.", "_blocks_"))  # fmt: skip
         for old, new in spelled:
             tensors = {k.replace(old, new): v for k, v in tensors.items()}
-        return tensors | {k.replace(".lora_down.weight", ".alpha"): np.float32(8) for k in tensors if "down" in k}
+        return tensors | {k.replace(".lora_down.weight", ".alpha"): ALPHA for k in tensors if "down" in k}
     return {k.replace("transformer.", "base_model.model."): v for k, v in tensors.items()}
 
 
@@ -387,7 +387,7 @@ SPOILT = {
     "not finite": (lambda t: change(t, "lora_A", lambda x: x * np.nan), r"lora_A\.weight holds NaN"),
     "integers": (lambda t: change(t, "lora_A", lambda x: x.astype(np.int32)), r"dtype other than"),
     "some alphas": (
-        lambda t: t.update({"transformer.blocks.0.ffn.net.2.alpha": np.float32(8)}), r"alpha is not one number for",
+        lambda t: t.update({"transformer.blocks.0.ffn.net.2.alpha": ALPHA}), r"alpha is not one number for",
     ),
     "twice": (
         lambda t: t.update({"diffusion_model.blocks.0.ffn.2.lora_A.weight": np.zeros((4, 64), np.float32)}),
