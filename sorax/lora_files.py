@@ -118,7 +118,8 @@ def open_lora(path, config: DiTConfig):
 
     names = [convert.Name(found[part], f"{layer.ours}/{part}", convert.MATRIX, layer.block)
              for layer, found in parts.items() for part in lora_lib.LEAVES]  # fmt: skip
-    targets = tuple(dict.fromkeys(lora_lib.kind(layer.name) for layer in parts))
+    layers = lora_lib.linear_layers(config).items()
+    targets = tuple(dict.fromkeys(lora_lib.kind(name) for name, (ours, _) in layers if ours in blocks))
     lora = LoRAConfig(rank=rank, alpha=float(alpha), targets=targets)
     files = {name.theirs: file for name in names}
     return lora, read_weights.open_params(file, files, names, lora_lib.adapted_dit(config, lora)[1])
