@@ -53,7 +53,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    pipe = diffusers.WanPipeline.from_pretrained(args.folder)
+    pipe = diffusers.WanPipeline.from_pretrained(args.folder, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     if args.lora:
         pipe.load_lora_weights(args.lora)
