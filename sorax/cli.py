@@ -134,6 +134,9 @@ def _parse(argv):
     export.add_argument("--dtype", choices=("auto", "f32", "bf16"), default="auto",
                         help="auto: as imported, or f32 where it was trained")  # fmt: skip
     export.add_argument("--weights", choices=("ema", "raw"), default="ema")
+    export.add_argument("--lora", choices=("merged", "adapter"), default="merged",
+                        help="of a run with a LoRA: the whole pipeline with the LoRA in its weights, or the adapters "
+                        "alone, for pipe.load_lora_weights or ComfyUI (default: %(default)s)")  # fmt: skip
     export.add_argument("--max-shard-size", default="5GB", help="of a file of weights, such as 500MB (default: 5GB)")
 
     imported = verb(import_verb, "import", "make a run of open weights, to sample, train, evaluate and export")
@@ -143,6 +146,10 @@ def _parse(argv):
     for name, what in (("vae", "safetensors file or AutoencoderKLWan folder"), ("text", "UMT5 or T5 folder"),
                        ("tokenizer", "folder with a tokenizer (default: that of --text)")):  # fmt: skip
         imported.add_argument(f"--{name}", default="", help=f"with a transformer's file: {what}")
+
+    imported.add_argument("--lora", default="", metavar="FILE_OR_FOLDER",
+                          help="a LoRA of these weights: safetensors of diffusers, PEFT, or with Wan's own names; it "
+                          "is in what is sampled and exported, and training goes on with it")  # fmt: skip
 
     cli_data.add_verbs(verbs)
     cli_plan.add_verb(verbs)
@@ -319,7 +326,7 @@ def import_verb(arguments, _):
     from sorax.import_wan import import_run
 
     import_run(arguments.source, arguments.workdir, vae=arguments.vae, text=arguments.text,
-               tokenizer=arguments.tokenizer)  # fmt: skip
+               tokenizer=arguments.tokenizer, lora=arguments.lora)  # fmt: skip
     print(f"run: {arguments.workdir} (its config.json can be trained with --config, and --config.data.path=...)")
 
 
@@ -328,8 +335,24 @@ def export_verb(arguments, _):
     if not size or not float(size[1]):
         raise UserError(f"--max-shard-size {arguments.max_shard_size!r} is no size: write for example 5GB")
     limit = int(float(size[1]) * {"K": 10**3, "M": 10**6, "G": 10**9}[size[2]])
-    _export(arguments.workdir, arguments.out, arguments.format, arguments.dtype, arguments.weights, limit)
+    if arguments.lora == "adapter":
+        _export_lora(arguments)
+    else:
+        _export(arguments.workdir, arguments.out, arguments.format, arguments.dtype, arguments.weights, limit)
     print(f"{arguments.format} folder: {arguments.out}")
+
+
+def _export_lora(arguments):
+    from sorax import lora
+    from sorax.export_lora import export_lora
+    from sorax.runs import load_run
+
+    run = load_run(arguments.workdir, arguments.weights, stored=True)
+    if run.adapters is None:
+        raise UserError(f"{arguments.workdir!r} has no trained LoRA: export it without --lora adapter, or train one, "
+                        "with --config.lora.rank=16")  # fmt: skip
+    export_lora(run.adapters, lora.read(run.config), run.networks.dit_config, arguments.out, form=arguments.format,
+                dtype=arguments.dtype, metadata=run.metadata(arguments.weights))  # fmt: skip
 
 
 def _export(workdir, out, form, dtype, weights, max_shard_bytes=5 * 10**9):

@@ -16,6 +16,7 @@ import ml_collections
 from sorax.errors import UserError
 
 CONFIG_FILE = "config.json"
+IMPORTED = "imported"  # folder of a run that `sorax import` made: the weights
 # What may change when a run is continued: how long, how often, where to; never what is learned from what.
 MAY_CHANGE = ("train.steps", "train.log_every", "checkpoint", "eval", "mesh")
 
@@ -55,7 +56,8 @@ def load_config(path: str, overrides=(), complete=None) -> ml_collections.Config
 
 
 def apply_overrides(config, overrides):
-    """Applies `a.b=v` strings to a config; v is a Python literal, or a string if it is none."""
+    """Applies `a.b=v` strings to a config; v is a Python literal, or a string if it is none. A list of names may be
+    written with commas alone."""
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals:
@@ -89,6 +91,8 @@ def _parse(text, old, name):
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+    if isinstance(value, str) and isinstance(old, (tuple, list)) and old and all(isinstance(x, str) for x in old):
+        value = tuple(part.strip() for part in value.split(","))
     if isinstance(old, bool) and not isinstance(value, bool):
         raise UserError(f"{name} takes true or false, got {text!r}")
     if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
@@ -172,9 +176,11 @@ def save_config(config, workdir: str, complete, *, write: bool = True):
 
 
 def _has_work(workdir):
-    """Whether a run folder holds what depends on its config: a checkpoint, of its VAE at least, or a tokenizer."""
-    made = ("checkpoints/*", "vae/checkpoints/*", "tokenizer.json")
-    return any(any(pathlib.Path(workdir).glob(pattern)) for pattern in made)
+    """Whether a run folder holds what depends on its config: a checkpoint, of its VAE at least, or a tokenizer that was
+    trained on its captions (that of an imported run came with it)."""
+    folder = pathlib.Path(workdir)
+    made = ["checkpoints/*", "vae/checkpoints/*"] + ([] if (folder / IMPORTED).is_dir() else ["tokenizer.json"])
+    return any(any(folder.glob(pattern)) for pattern in made)
 
 
 def _may_change(key):

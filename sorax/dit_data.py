@@ -34,30 +34,34 @@ def prepare_vae(config, workdir: str):
     return open_vae(folder)
 
 
-def prepare_data(config, workdir: str, codec: Codec, vae_identity: str):
+def prepare_data(config, workdir: str, codec: Codec, vae_identity: str, tokenizer: str = ""):
     """(tokenizer, training examples, validation examples) of a DiT experiment, made in its run folder if need be.
 
     Training rows are the same whether the latents were encoded before (`data.path` "shards:FOLDER") or are encoded
     now, into `workdir/latents`.
+
+    Args:
+        tokenizer: folder of the one to use where config.data.tokenizer names none.
 
     Raises:
         UserError: the data cannot be used, or was encoded with another VAE or tokenizer.
     """
     out, paths = os.path.join(workdir, LATENTS), _paths(config.data)
     if not any(map(is_shards, paths)):
-        return _encode_splits(config, codec, vae_identity, out, workdir, replace=True)
+        return _encode_splits(config, codec, vae_identity, out, workdir, replace=True, wanted=tokenizer)
     tokenizer = _tokenizer_of_shards(shards_folder(paths[0]), workdir, config.text.vocab_size)
     examples = _open_shards(config.data, vae_identity)
     val_examples = _validation(config, codec, vae_identity, tokenizer, out, shards_folder(paths[0]), replace=True)
     return tokenizer, examples, val_examples
 
 
-def _encode_splits(config, codec, vae_identity, out, folder, *, num_shards=0, replace=False):
+def _encode_splits(config, codec, vae_identity, out, folder, *, num_shards=0, replace=False, wanted=""):
     """As `prepare_data`, of videos, into the folder `out`; the tokenizer is kept in `folder`."""
     with processes.first_before_others("encode: data"):  # the index and the tokenizer are made once
         source = open_source(config.data, **grid(codec.config, config.model.patch_size), **_index_options(out))
         found = survey(source)
-        tokenizer = prepare_tokenizer(found.captions, config.text.vocab_size, folder, config.data.get("tokenizer"))
+        wanted = config.data.get("tokenizer") or wanted
+        tokenizer = prepare_tokenizer(found.captions, config.text.vocab_size, folder, wanted)
     examples = encode_source(codec, source, tokenizer, out, "train", vae_identity, found=found, replace=replace,
                              num_shards=num_shards, origin=_origin(config.data),
                              workers=config.data.get("workers", 0))  # fmt: skip

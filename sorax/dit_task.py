@@ -13,6 +13,7 @@ from flax import nnx
 
 from sorax import config as config_lib
 from sorax import flow, functional, mup, routing, sharding
+from sorax import lora as lora_lib
 from sorax.attention import attention
 from sorax.dit import DiT, DiTConfig
 from sorax.errors import UserError
@@ -53,10 +54,12 @@ class DiTTask:
 
     What the training step needs of an `Objective` has the same name here.
 
-    init: key -> params of what is trained, dict(dit=, text=) or one of them.
+    init: key -> params of what is trained: dict(dit=, text=) or one of them, or dict(lora=).
     loss: (params, batch, key, step, constants) -> {name: (sum, weight)}, as an `Objective` has it.
     validation: (params, batch, sigma, key, constants) -> (summed error, tokens) at one noise level, nothing given.
     frozen: shapes, types and places of the networks that are not trained, the `constants` of the loss.
+    networks: params | constants -> dict(dit=, text=), the DiT's for `dit_graph`, its graph definition: with a LoRA
+        both have its adapters.
     batch_shapes: shapes and types of the arrays of a step's batch, of all processes together.
     routing: which tokens skip layers in training, in the words of `flops.dit_forward`.
     """
@@ -71,6 +74,8 @@ class DiTTask:
     optims: dict[str, OptimConfig]
     lr_factor: Callable | None
     frozen: dict
+    networks: Callable
+    dit_graph: Any
     routing: dict[str, Any]
     averaged: Callable = lambda params: params
 
@@ -112,7 +117,8 @@ def dit_task(config, data, settings, mesh) -> DiTTask:
     text_model = config_lib.build(TextConfig, config.text, "text")
     flow_config = config_lib.build(FlowConfig, config.flow, "flow")
     dtype = compute_dtype(settings.dtype, mesh.devices.flat[0].platform)
-    dit_graph, _ = functional.abstract(DiT, model)
+    lora = lora_lib.read(config)
+    dit_graph, adapters = lora_lib.adapted_dit(model, lora) if lora.rank else functional.abstract(DiT, model)
     text_graph, _ = functional.abstract(TextEncoder, text_model)
     S = data.max_segments
     on_mesh = mesh_options(mesh)
@@ -123,24 +129,33 @@ def dit_task(config, data, settings, mesh) -> DiTTask:
                         "give the first that tokens skip and the first that they do not")  # fmt: skip
 
     networks = dict(dit=(DiT, model), text=(TextEncoder, text_model))
-    for name in settings.freeze:
-        if name not in networks or len(set(settings.freeze)) == len(networks):
-            raise UserError(f"config.train.freeze is {settings.freeze}: name one of the networks {', '.join(networks)}")
-        if not config.get("init"):
-            raise UserError(f"config.train.freeze names {name!r}, but config.init names no weights that it could keep: "
-                            "set it to a WanPipeline folder or a run")  # fmt: skip
+    kept = lora_lib.frozen_networks(config)
+    if set(settings.freeze) - networks.keys() or (len(set(kept)) == len(networks) and not lora.rank):
+        raise UserError(f"config.train.freeze is {settings.freeze}: name one of the networks {', '.join(networks)}")
+    if kept and not config.get("init"):
+        key = "lora.rank" if lora.rank else "train.freeze"
+        raise UserError(f"config.{key} keeps the weights of {' and '.join(kept)}, but config.init names none: set it "
+                        "to a WanPipeline folder or a run")  # fmt: skip
 
     def init(key):
+        if lora.rank:
+            return dict(lora=lora_lib.init(adapters, key))
         keys = dict(zip(networks, jax.random.split(key)))
-        made = {name: functional.init(*networks[name], keys[name]) for name in networks if name not in settings.freeze}
+        made = {name: functional.init(*networks[name], keys[name]) for name in networks if name not in kept}
         return made | (dict(dit=mup.rescale(made["dit"], model)) if "dit" in made else {})
 
-    frozen = {name: functional.abstract(*networks[name])[1] for name in settings.freeze}
+    frozen = {name: functional.abstract(*networks[name])[1] for name in kept}
     frozen = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), frozen,
                           sharding.shardings_for(frozen, mesh))  # fmt: skip
 
+    def join(params):
+        if not lora.rank:
+            return params
+        # The frozen kernels have the dtype that is computed in, and its adapters get it.
+        return dict(text=params["text"], dit=lora_lib.join(params["dit"], functional.cast(params["lora"], dtype)))
+
     def velocity_error(params, batch, text_tokens, given, levels, noise_key, route=None):
-        params = functional.cast(params, dtype)
+        params = functional.cast(join(params), dtype)
         ids, text_ids = batch["segment_ids"], batch["text_segment_ids"]
         noisy, target, level_index = flow.noise_rows(noise_key, batch["tokens"], given, ids, levels)
         text = nnx.merge(text_graph, params["text"])(text_tokens, text_ids)
@@ -191,7 +206,7 @@ def dit_task(config, data, settings, mesh) -> DiTTask:
         model=model, text_model=text_model, flow=flow_config, init=init, loss=loss, validation=validation,
         batch_shapes=row_shapes(data.batch, data.row_tokens, data.row_text, model.patch_dim),
         optims={"": config_lib.build(OptimConfig, config.optim, "optim")}, lr_factor=mup.lr_factor(model),
-        frozen=frozen,
+        frozen=frozen, networks=join, dit_graph=dit_graph,
         routing=dict(share=flow_config.skip_share, route_layers=flow_config.skip_layers),
     )  # fmt: skip
 

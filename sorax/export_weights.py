@@ -75,12 +75,14 @@ def _dtype(name, leaf, dtype) -> np.dtype:
     return leaf.dtype_of(name.layer) if isinstance(leaf, read_weights.StoredParam) else DTYPES["f32"]
 
 
-def write_safetensors(path, tensors) -> dict[str, str]:
+def write_safetensors(path, tensors, metadata=None) -> dict[str, str]:
     """Writes one file of the safetensors format: a header with every tensor's place, then their bytes.
 
-    tensors: name -> (shape, dtype, iterable of arrays that follow each other in its memory). Returns name -> sha256.
+    tensors: name -> (shape, dtype, iterable of arrays that follow each other in its memory). metadata: str -> str, what
+    else the header says. Returns name -> sha256.
     """
-    header, end, names = {"__metadata__": {"format": "pt"}}, 0, {v: k for k, v in read_weights.DTYPES.items()}
+    names = {v: k for k, v in read_weights.DTYPES.items()}
+    header, end = {"__metadata__": {"format": "pt"} | (metadata or {})}, 0
     for name, (shape, dtype, _) in tensors.items():
         start, end = end, end + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         header[name] = dict(dtype=names[dtype], shape=list(shape), data_offsets=[start, end])

@@ -98,13 +98,15 @@ class Generator:
     """Text-to-video sampling with a DiT, its text encoder and tokenizer, and a VAE codec.
 
     With a mesh the networks' parameters lie on it as in training, and all its processes call `latents` alike.
+    dit_graph: graph definition of the DiT that its parameters are of, where that is not `DiT`'s own.
     """
 
     def __init__(self, dit_config: DiTConfig, dit, text_config: TextConfig, text, tokenizer: Tokenizer, codec: Codec,
-                 mesh: Mesh | None = None):  # fmt: skip
+                 mesh: Mesh | None = None, dit_graph=None):  # fmt: skip
         self.dit_config, self.tokenizer, self.codec = dit_config, tokenizer, codec
         self.params = dict(dit=dit, text=text)
-        networks = functional.abstract(DiT, dit_config)[0], functional.abstract(TextEncoder, text_config)[0]
+        dit_graph = functional.abstract(DiT, dit_config)[0] if dit_graph is None else dit_graph
+        networks = dit_graph, functional.abstract(TextEncoder, text_config)[0]
         self.mesh, options, place = mesh, {}, None
         if mesh is not None:
             attend, attend_text = sharding.attention_on(mesh, attention)

@@ -14,7 +14,8 @@ import jax
 import numpy as np
 
 from data_pipelines.text_tokens import Tokenizer
-from sorax import convert, export, original_names, read_weights
+from sorax import convert, export, lora_files, original_names, read_weights
+from sorax.config import IMPORTED
 from sorax.dit import DiT, DiTConfig
 from sorax.errors import UserError
 from sorax.export_weights import AUTO, MAX_SHARD_BYTES, write_json, write_model
@@ -23,12 +24,14 @@ from sorax.runlog import Progress
 from sorax.text import TextEncoder
 from sorax.vae import VAE
 
-IMPORTED = "imported"  # folder of a run
+LORA = "lora"  # folder of a run
 PARTS = ("transformer", "vae", "text_encoder")
 PREFIX = "model.diffusion_model."  # that some single files put before every name
 
 
-def import_run(source: str, workdir: str, *, vae: str = "", text: str = "", tokenizer: str = "") -> pathlib.Path:
+def import_run(
+    source: str, workdir: str, *, vae: str = "", text: str = "", tokenizer: str = "", lora: str = ""
+) -> pathlib.Path:
     """Makes a run folder of a text-to-video model.
 
     Args:
@@ -37,6 +40,7 @@ def import_run(source: str, workdir: str, *, vae: str = "", text: str = "", toke
         workdir: a new or empty folder.
         vae, text, tokenizer: with a transformer's file: safetensors file or AutoencoderKLWan folder; UMT5 or T5 folder;
             folder with tokenizer.json or spiece.model ("" for that of `text`).
+        lora: file or folder of a LoRA of the transformer, which the run then has and trains, see `lora_files`.
 
     Raises:
         UserError: an architecture that sorax does not have, files that are missing or damaged, pickles, tensors that
@@ -58,7 +62,10 @@ def import_run(source: str, workdir: str, *, vae: str = "", text: str = "", toke
         _check_values(pipeline)
         loaded = Tokenizer.load(folder / "tokenizer", pipeline.text_config.vocab_size)
         loaded.save(run)
-        write_json(run / "config.json", experiment(pipeline))
+        config = experiment(pipeline)
+        if lora:
+            config |= _lora(lora, run / LORA, pipeline.dit_config)
+        write_json(run / "config.json", config)
     return pathlib.Path(workdir)
 
 
@@ -74,6 +81,15 @@ def experiment(pipeline: convert.Pipeline) -> dict:
         mesh=dict(data=1, fsdp=-1, context=1, tensor=1),
         eval=dict(num_steps=50, solver=pipeline.solver, guidance_scale=5.0),
     )  # fmt: skip
+
+
+def _lora(path, folder, dit_config) -> dict:
+    """What a LoRA changes in the config of a run; its files are copied into a folder of it."""
+    there, params = lora_files.open_lora(path, dit_config)
+    lora_files.check_values(params)
+    lora_files.copy_files(path, folder)
+    lora = dict(dataclasses.asdict(there), init=LORA)
+    return dict(lora=lora, optim=dict(optimizer="adamw", lr=1e-4, warmup_steps=100))
 
 
 def _link(source, folder):

@@ -28,8 +28,16 @@ def _kernel_gradient(x, g):
 
 
 class Linear(nnx.Linear):
-    """`nnx.Linear` (same parameters, same initialisers) by `matmul`."""
+    """`nnx.Linear` (same parameters, same initialisers) by `matmul`; with a low-rank branch beside it, where
+    `sorax.lora` has put one: lora_a `[n, r]`, lora_b `[r, m]`."""
+
+    lora_a = lora_b = None
+    lora_scale = 1.0
 
     def __call__(self, x):
         y = matmul(x, self.kernel[...])
-        return y if self.bias is None else y + self.bias[...]
+        if self.bias is not None:
+            y = y + self.bias[...]
+        if self.lora_a is None:
+            return y
+        return y + self.lora_scale * matmul(matmul(x, self.lora_a[...]), self.lora_b[...])

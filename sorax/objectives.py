@@ -11,8 +11,10 @@ import numpy as np
 from data_pipelines.loader import make_loader
 from data_pipelines.packing import token_costs
 from data_pipelines.rows import RowSource
+from data_pipelines.text_tokens import Tokenizer
 from sorax import config as config_lib
-from sorax import flops, media, processes, sharding
+from sorax import flops, media, processes, read_weights, sharding
+from sorax import lora as lora_lib
 from sorax.discriminator import DiscriminatorConfig
 from sorax.dit_data import prepare_data, prepare_vae
 from sorax.dit_task import FlowConfig, check_networks, check_rows, dit_task
@@ -20,7 +22,7 @@ from sorax.encode import Codec
 from sorax.errors import UserError
 from sorax.generate import Generator, Request
 from sorax.optim import OptimConfig
-from sorax.runs import start_params
+from sorax.runs import start_adapters, start_params, start_tokenizer
 
 VALIDATION_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
@@ -140,8 +142,8 @@ def make_objective(config, workdir: str, mesh) -> Objective:
     makers = {"vae": vae_objective, "dit": dit_objective}
     if config.get("kind") not in makers:
         raise UserError(f"config.kind is {config.get('kind')!r}: use one of {', '.join(makers)}")
-    own = dict(vae=("loss", "discriminator", "discriminator_optim", "init"), dit=("vae", "text", "flow", "init"))
-    known = (*own[config.kind], "kind", "model", "data", "optim", "train", "checkpoint", "mesh", "eval", "path")
+    own = dict(vae=("loss", "discriminator", "discriminator_optim"), dit=("vae", "text", "flow", "lora"))
+    known = (*own[config.kind], "kind", "init", "model", "data", "optim", "train", "checkpoint", "mesh", "eval", "path")
     for section in config:
         if section not in known:
             raise UserError(f"unknown config section {section!r} in a {config.kind} experiment: known are {known}")
@@ -153,9 +155,9 @@ def complete(config):
     from sorax.train import CheckpointConfig, TrainConfig
 
     sections = dict(data=DataConfig, optim=OptimConfig, train=TrainConfig, checkpoint=CheckpointConfig, eval=EvalConfig,
-                    loss=VAELossConfig, flow=FlowConfig, discriminator=DiscriminatorConfig,
+                    loss=VAELossConfig, flow=FlowConfig, lora=lora_lib.LoRAConfig, discriminator=DiscriminatorConfig,
                     discriminator_optim=OptimConfig, mesh=sharding.MeshConfig)  # fmt: skip
-    own = dict(vae=dict(init="", discriminator={}, discriminator_optim=DISCRIMINATOR_OPTIM), dit=dict(init=""))
+    own = dict(vae=dict(init="", discriminator={}, discriminator_optim=DISCRIMINATOR_OPTIM), dit=dict(init="", lora={}))
     with config.unlocked():
         for name, value in own.get(config.get("kind"), {}).items():
             if name not in config:
@@ -211,6 +213,9 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
 
     # --- Data: latents of every sample, made once
     check_path(data)
+    if "dit" in task.frozen and not config.vae.get("path"):
+        raise UserError("config.vae.path is empty, but the DiT is kept as it is: set it to where its VAE is, such as "
+                        f"{config.init} of config.init")  # fmt: skip
     check_rows(data, model, mesh)
     here = sharding.batch_parts(mesh)
     ranks = data.ranks or here
@@ -220,7 +225,11 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
     vae_config, vae_params, vae_identity = prepare_vae(config, workdir)
     check_networks(model, text_model, vae_config)
     codec = Codec(vae_config, vae_params)
-    tokenizer, examples, val_examples = prepare_data(config, workdir, codec, vae_identity)
+    wanted = start_tokenizer(config, workdir) if "text" in task.frozen else ""
+    tokenizer, examples, val_examples = prepare_data(config, workdir, codec, vae_identity, wanted)
+    if wanted and tokenizer.identity != Tokenizer.load(wanted).identity:
+        raise UserError(f"the text encoder is kept as it is, but its tokenizer (in {wanted}) is not that of the data: "
+                        "set config.data.tokenizer to it, or encode the latents with it")  # fmt: skip
     cost_a, cost_b = token_costs(model.width, model.ffn_dim)
     row_options = dict(row_tokens=data.row_tokens, row_text=data.row_text, max_segments=data.max_segments,
                        patch_size=model.patch_size, batch_size=data.batch, ranks=ranks,
@@ -233,7 +242,12 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
     constants = start_params(config, workdir, task.frozen, places=task.frozen) if task.frozen else {}
 
     def start(params):
-        return params | start_params(config, workdir, params, places=params) if config.get("init") else params
+        if not config.get("init"):
+            return params
+        made = start_params(config, workdir, params.keys() - {"lora"}, places=params)
+        if "lora" in params and config.lora.init:
+            made["lora"] = read_weights.place(start_adapters(config, workdir), params["lora"])
+        return params | made
 
     def evaluate(state, step, folder):
         params, metrics = state.ema_params, {}
@@ -242,8 +256,9 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
             total, count = task.validation(params, batch, sigma, jax.random.key(i), constants)
             metrics[f"val_loss_sigma_{sigma:g}"] = float(total / count)
         metrics["val_loss"] = float(np.mean(list(metrics.values())))
-        networks = params | constants
-        generator = Generator(model, networks["dit"], text_model, networks["text"], tokenizer, codec, mesh)
+        networks = task.networks(params | constants)
+        generator = Generator(model, networks["dit"], text_model, networks["text"], tokenizer, codec, mesh,
+                              dit_graph=task.dit_graph)  # fmt: skip
         some = range(min(evaluation.num_videos, len(val_examples)))
         shapes = val_examples.video_shapes.tolist()
         requests = [Request(val_examples.caption(i), *shapes[i], seed=i) for i in some]
@@ -260,7 +275,7 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
         init=task.init,
         loss=task.loss,
         batches=lambda step: make_loader(rows, start_step=step, num_workers=data.workers, **loader_options(mesh)),
-        work=lambda batch: flops.rows_work(model, text_model, batch, **task.routing),
+        work=lambda batch: flops.rows_work(model, text_model, batch, frozen=tuple(task.frozen), **task.routing),
         evaluate=evaluate,
         start=start,
         constants=constants,

@@ -12,6 +12,7 @@ from sorax.sharding import path_string
 
 # Measured on the data, not learned: the optimizer leaves them alone.
 FROZEN = r"(^|/)latents_(mean|std)$"
+MATRIX = r"(kernel|lora_[ab])$"  # what muon orthogonalises
 OPTIMIZERS = ("adamw", "muon", "schedule_free")
 SCHEDULES = ("cosine", "linear", "constant", "wsd", "inverse_sqrt")
 CLIP_DECAY, CLIP_AFTER = 0.99, 20  # memory of gradient norms in steps, and how many are seen before one is clipped
@@ -21,9 +22,9 @@ CLIP_DECAY, CLIP_AFTER = 0.99, 20  # memory of gradient norms in steps, and how 
 class OptimConfig:
     """Optimizer, learning rate, gradient clipping and the averaged parameters that evaluation and sampling use.
 
-    optimizer: adamw, the default; muon, orthogonalised momentum for kernels (Jordan 2024) and Adam for the rest; or
-        schedule_free, AdamW whose own average of the parameters replaces the decay of the learning rate and the EMA
-        (Defazio et al. 2024).
+    optimizer: adamw, the default; muon, orthogonalised momentum for kernels and adapters (Jordan 2024) and Adam for
+        the rest; or schedule_free, AdamW whose own average of the parameters replaces the decay of the learning rate
+        and the EMA (Defazio et al. 2024).
     schedule: after a linear warm-up, down to `final_lr` at the last step by a cosine or a line (linear), or over the
         last `decay_fraction` of the steps only (wsd: warm-up, stable, decay; Hu et al. 2024); constant; or with the
         square root of the step (inverse_sqrt; Vaswani et al. 2017), for which the number of steps does not matter.
@@ -153,7 +154,7 @@ def _make_tx(config, num_steps, lr_factor=None):
 
     def decayed(params):
         def rule(path, p):
-            return p.ndim >= 2 and re.search(r"(kernel|embedding)$", path_string(path)) is not None
+            return p.ndim >= 2 and re.search(rf"{MATRIX}|embedding$", path_string(path)) is not None
 
         return jax.tree_util.tree_map_with_path(rule, params)
 
@@ -195,11 +196,11 @@ def _scale_by(lr_factor):
 
 
 def muon_dimensions(params):
-    """Which axes of each kernel are inputs and outputs; a leading axis of stacked layers is neither. None: Adam."""
+    """Which axes of each matrix are inputs and outputs; a leading axis of stacked layers is neither. None: Adam."""
 
     def rule(path, p):
         path = path_string(path)
-        if not path.endswith("kernel"):
+        if not re.search(MATRIX, path):
             return None
         first = 1 if re.search(r"(^|/)blocks/(?!\d)", path) else 0  # blocks/0/... is a list, blocks/q/... is stacked
         return optax.contrib.MuonDimensionNumbers(tuple(range(first, p.ndim - 1)), (p.ndim - 1,))

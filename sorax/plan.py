@@ -163,7 +163,7 @@ def make_plan(
         row_tokens=recipe.data.row_tokens, accumulate=recipe.settings.accumulate,
         parameters={name: functional.count(tree) for name, tree in params_of(task).items()}, rows=rows,
         model_flops=flops.train_rows(task.model, task.text_model, lengths, texts, recipe.data.batch,
-                                     **task.routing),
+                                     frozen=tuple(task.frozen), **task.routing),
         programs=tuple(made), step=_step_estimate(by_name.get("train"), work, recipe, mesh, topology),
         sample_seconds=_sample_estimate(by_name.get("sample"), task, rows, mesh, topology),
         peak=topology.device.flops * mesh.size,
@@ -188,8 +188,9 @@ def _work(recipe, task, mesh, rows, program):
     return roofline.Work(
         affine=affine + level_table + text, attention=attention,
         places=data.batch * data.row_tokens, width=model.width, layers=model.num_layers, head_dim=model.head_dim,
-        state=2 * memory.params + memory.ema + memory.moments, weights=2 * count / mesh.shape["tensor"],
-        passes=recipe.settings.accumulate,
+        state=3 * memory.ema + memory.moments,  # the parameters that are trained, and gradients, are as the EMA
+        weights=2 * count / mesh.shape["tensor"], passes=recipe.settings.accumulate,
+        backward=1.0 if "dit" in task.frozen else 2.0,
     )  # fmt: skip
 
 

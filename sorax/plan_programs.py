@@ -117,7 +117,8 @@ def train_program(recipe, task, mesh, topology, rows) -> Program:
     program = compiled_step(task, tx, recipe.settings, state, mesh)
     memory = Memory(topology.device.memory, params=held(state.params) + held(task.frozen), ema=held(state.ema_params),
                     moments=held(state.opt_state))  # fmt: skip
-    layers = [x.shape[1:] for x in jax.tree.leaves(state.params["dit"]["blocks"])]
+    trees = params_of(task)
+    layers = [x.shape[1:] for name in ("dit", "lora") if name in trees for x in jax.tree.leaves(trees[name]["blocks"])]
     data, shape = recipe.data, "x".join(map(str, rows.video))
     lengths, texts = ([n] * rows.samples * data.batch for n in (rows.tokens, rows.text))
     work = flops.train_rows(task.model, task.text_model, lengths, texts, data.batch, **task.routing) / 3
@@ -132,7 +133,7 @@ def sample_program(recipe, task, mesh, topology, rows) -> Program:
     from sorax.train import compute_dtype
 
     dtype = compute_dtype(recipe.settings.dtype, "tpu")
-    params = params_of(task)
+    params = {name: params_of(task)[name] for name in ("dit", "text")}  # a LoRA is merged then
     places = sharding.shardings_for(params, mesh)
     params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), params, places)
     count, whole = sharding.batch_parts(mesh), sharding.batch_sharding(mesh)

@@ -46,7 +46,8 @@ class Work:
 
     affine: of affine layers, on every place of the rows. attention: of attention. places: tokens of rows, padding too.
     width, layers, head_dim: of the DiT. state: bytes of parameters, EMA, optimizer and gradients that a device holds.
-    weights: bytes of the weights that a device reads in a pass. passes: micro-batches a step.
+    weights: bytes of the weights that a device reads in a pass. passes: micro-batches a step. backward: what the
+    backward pass of affine layers takes, in forward ones: 1 where their kernels are not trained.
     """
 
     affine: float
@@ -58,6 +59,7 @@ class Work:
     state: float
     weights: float
     passes: int = 1
+    backward: float = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +94,7 @@ def estimate(work: Work, remat: str, device: Device, devices: int, sent: dict[tu
         remat: policy by name. sent: seconds of traffic by mesh axes, see `traffic`.
     """
     affine_again, attention_again = REPEATED[remat]
-    affine = work.affine * (3 + affine_again)
+    affine = work.affine * (1 + work.backward + affine_again)
     attention = work.attention * (1 + ATTENTION_BACKWARD + attention_again)
     peak = device.flops * devices
     again = max(affine_again, attention_again)

@@ -16,7 +16,8 @@ from data_pipelines.latent_writer import splits
 from data_pipelines.sources import open_source
 from data_pipelines.text_tokens import Tokenizer
 from sorax import config as config_lib
-from sorax import convert, functional, read_weights
+from sorax import convert, functional, lora_files, read_weights
+from sorax import lora as lora_lib
 from sorax.checkpoint import Checkpoints
 from sorax.convert import Networks
 from sorax.dit import DiT, DiTConfig
@@ -31,13 +32,17 @@ WEIGHTS = {"ema": "ema_params", "raw": "params"}
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A trained text-to-video model: its folder, config and step, its networks with their parameters, its tokenizer."""
+    """A trained text-to-video model: its folder, config and step, its networks with their parameters, its tokenizer.
+
+    adapters: of a run with a LoRA, a tree of numpy arrays, which the DiT's parameters have in them; else None.
+    """
 
     workdir: str
     config: object
     step: int
     networks: Networks
     tokenizer: Tokenizer
+    adapters: dict | None = None
 
     @property
     def codec(self) -> Codec:
@@ -127,18 +132,25 @@ def load_run(workdir: str, weights: str = "ema", *, stored: bool = False) -> Run
     text_config = config_lib.build(TextConfig, config.text, "text")
     tokenizer = Tokenizer.load(workdir, text_config.vocab_size)
     shapes = dict(dit=functional.abstract(DiT, dit_config)[1], text=functional.abstract(TextEncoder, text_config)[1])
-    trained = {name: shape for name, shape in shapes.items() if name not in config.train.get("freeze", ())}
-    params, step = {}, 0
+    kept, lora = lora_lib.frozen_networks(config), lora_lib.read(config)
+    trained = {name: shape for name, shape in shapes.items() if name not in kept}
+    if lora.rank:
+        trained["lora"] = lora_lib.adapted_dit(dit_config, lora)[1]
+    params, step, adapters = {}, 0, None
     if not config.get("init") or Checkpoints(workdir).latest_step() is not None:
         params, step = load_params(workdir, trained, weights, stored=stored)
-    if params.keys() != shapes.keys():
-        params = start_params(config, workdir, shapes.keys() - params.keys(), stored=stored) | params
+    elif lora.init:
+        params["lora"] = start_adapters(config, workdir)
+    if "lora" in params:
+        adapters = read_weights.load(params["lora"])
+    if missing := shapes.keys() - params.keys():
+        params = start_params(config, workdir, missing, stored=stored, adapters=adapters) | params
     networks = Networks(vae_config=vae_config, vae=vae_params, dit_config=dit_config, dit=params["dit"],
                         text_config=text_config, text=params["text"])  # fmt: skip
-    return Run(workdir, config, step, networks, tokenizer)
+    return Run(workdir, config, step, networks, tokenizer, adapters)
 
 
-def start_params(config, workdir: str, names, *, stored: bool = False, places=None) -> dict:
+def start_params(config, workdir: str, names, *, stored: bool = False, places=None, adapters=None) -> dict:
     """Parameters of networks ("dit", "text") from where `config.init` of a DiT run says that they start.
 
     config.init is a WanPipeline folder or a DiT run (its EMA weights), as a path or inside the run folder.
@@ -147,6 +159,7 @@ def start_params(config, workdir: str, names, *, stored: bool = False, places=No
         stored: leave them on the disk.
         places: dict of trees, by network, of arrays (or their shapes) whose dtype and sharding they get; without it
             they go to this process's first device in float32.
+        adapters: of a LoRA, which the DiT's parameters get in them.
 
     Raises:
         UserError: there is no such folder, or its networks are not those of the config: what differs is named.
@@ -168,9 +181,23 @@ def start_params(config, workdir: str, names, *, stored: bool = False, places=No
             raise UserError(f"config.init {config.init!r} is of another architecture ({'; '.join(differ[:3])}): make "
                             "the config the same, or start from other weights")  # fmt: skip
         made[name] = getattr(there, name)
+        if name == "dit" and adapters is not None:
+            made[name] = lora_lib.merge(made[name], adapters, lora_lib.read(config).scale)
         if not stored:
             made[name] = read_weights.place(made[name], places[name] if places else _first_device(made[name]))
     return made
+
+
+def start_adapters(config, workdir: str):
+    """Adapters of a DiT run from where `config.lora.init` says that they start, see `lora_files.start_of`."""
+    lora, dit_config = lora_lib.read(config), config_lib.build(DiTConfig, config.model, "model")
+    return lora_files.start_of(lora, _inside(workdir, lora.init), dit_config)
+
+
+def start_tokenizer(config, workdir: str) -> str:
+    """Folder of the tokenizer that belongs to the text encoder of `config.init`."""
+    folder = _inside(workdir, config.init)
+    return os.path.join(folder, "tokenizer") if os.path.isfile(os.path.join(folder, "model_index.json")) else folder
 
 
 def _first_device(tree):

@@ -35,6 +35,11 @@ RULES = (
     (r"time_proj/kernel$", (None, ALL)),
     (r"patch_embed/kernel$", (None, SHARE)),
     (r"proj_out/kernel$", (SHARE, None)),
+    # The branch of a LoRA, [n, r] and [r, m], has its ends as the kernel [n, m] has them; r is small, and whole.
+    (r"(q|k|v|mlp_in)/lora_a$", (SHARE, None)),
+    (r"(q|k|v|mlp_in)/lora_b$", (None, "tensor")),
+    (r"(o|mlp_out)/lora_a$", ("tensor", None)),
+    (r"(o|mlp_out)/lora_b$", (None, SHARE)),
     (r"embedding$", (None, ALL)),
     (r"kernel$", (SHARE,)),  # convolutions: the output channels
 )

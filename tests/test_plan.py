@@ -249,6 +249,14 @@ def test_the_plan_of_a_vae_says_where_to_look():
         plan.read(config_lib.load_config(str(ROOT / "experiments" / "vae_world.py")))
 
 
+def test_a_lora_has_few_parameters_and_no_gradients_of_kernels():
+    """Two of three passes through affine layers, three through attention; the base need not be there."""
+    lora, whole = (plan.make_plan(small(*o), here(), names=()) for o in (("lora.rank=4", "init=runs/base"), ()))
+    assert {name: lora.parameters[name] for name in whole.parameters} == whole.parameters
+    assert lora.parameters["lora"] == 3 * (8 * 4 * (128 + 128) + 2 * 4 * (128 + 256))  # L, r, width, ffn_dim
+    assert 2 / 3 * 0.99 < lora.model_flops / whole.model_flops < 0.75
+
+
 # --- The whole, compiled by libtpu
 
 

@@ -2,10 +2,12 @@
 
     sorax export --run runs/quickstart --format diffusers --out /tmp/wan
     python -m experiments.parity.compare_diffusers /tmp/wan --run runs/quickstart --size 32x32 --size 48x32
+    sorax export --run runs/lora --lora adapter --out /tmp/lora
+    python -m experiments.parity.compare_diffusers runs/wan/imported --run runs/lora --lora /tmp/lora
 
 Both samplers start from the same noise, prompt, steps and guidance, in float32. Without --run the folder is compared
-with itself, read back by sorax. Prints one line a size and exits 1 beyond the limits: latents within 1e-3 of their
-largest value, pixels within 2 of 255.
+with itself, read back by sorax; with --lora diffusers and peft put adapters beside the folder's weights. Prints one
+line a size and exits 1 beyond the limits: latents within 1e-3 of their largest value, pixels within 2 of 255.
 """
 
 import argparse
@@ -41,6 +43,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="what `sorax export --format diffusers` wrote")
     parser.add_argument("--run", help="the run it was exported from")
+    parser.add_argument("--lora", help="what `sorax export --lora adapter` wrote of the run")
     parser.add_argument("--prompt", default="a red circle moving right")
     parser.add_argument("--negative-prompt", default="")
     parser.add_argument("--size", action="append", help="WxH, may be repeated (default 32x32 and 48x32)")
@@ -50,8 +53,10 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    pipe = diffusers.WanPipeline.from_pretrained(args.folder)
+    pipe = diffusers.WanPipeline.from_pretrained(args.folder, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
+    if args.lora:
+        pipe.load_lora_weights(args.lora)
     if args.run:
         run = load_run(args.run)
         networks, tokenizer = run.networks, run.tokenizer
