@@ -133,7 +133,9 @@ def _parse(argv):
     export.add_argument("--dtype", choices=("auto", "f32", "bf16"), default="auto",
                         help="auto: as imported, or f32 where it was trained")  # fmt: skip
     export.add_argument("--weights", choices=("ema", "raw"), default="ema")
+    export.add_argument("--license", default="other", help="of the model card, such as apache-2.0")
     export.add_argument("--max-shard-size", default="5GB", help="of a file of weights, such as 500MB (default: 5GB)")
+    _several(export)
 
     imported = verb(import_verb, "import", "make a run of open weights, to sample, train, evaluate and export")
     imported.add_argument("--from", required=True, dest="source",
@@ -326,13 +328,17 @@ def export_verb(arguments, _):
     size = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG])I?B?", arguments.max_shard_size.upper())
     if not size or not float(size[1]):
         raise UserError(f"--max-shard-size {arguments.max_shard_size!r} is no size: write for example 5GB")
+    from sorax import processes
+
+    processes.start(arguments.coordinator, arguments.processes, arguments.process)
     limit = int(float(size[1]) * {"K": 10**3, "M": 10**6, "G": 10**9}[size[2]])
-    _export(arguments.workdir, arguments.out, arguments.format, arguments.dtype, arguments.weights, limit)
+    _export(arguments.workdir, arguments.out, arguments.format, arguments.dtype, arguments.weights, limit,
+            arguments.license)  # fmt: skip
     print(f"{arguments.format} folder: {arguments.out}")
 
 
-def _export(workdir, out, form, dtype, weights, max_shard_bytes=5 * 10**9):
-    from sorax import export
+def _export(workdir, out, form, dtype, weights, max_shard_bytes=5 * 10**9, license="other"):
+    from sorax import export, processes
     from sorax.export_comfyui import export_comfyui
     from sorax.export_vae import export_vae_folder
     from sorax.runs import kind_of, load_run
@@ -341,13 +347,22 @@ def _export(workdir, out, form, dtype, weights, max_shard_bytes=5 * 10**9):
         if weights != "ema":
             raise UserError(f"{workdir!r} is a VAE, whose latent statistics are those of the EMA weights: export it "
                             "without --weights raw")  # fmt: skip
-        export_vae_folder(workdir, out, form=form, dtype=dtype, max_shard_bytes=max_shard_bytes)
+        export_vae_folder(workdir, out, license=license, form=form, dtype=dtype, max_shard_bytes=max_shard_bytes)
         return
     run = load_run(workdir, weights, stored=True)
     write = dict(diffusers=export.export_diffusers, safetensors=export.export_safetensors, comfyui=export_comfyui)[form]
-    how = run.sampling()
-    write(run.networks, run.tokenizer, out, shift=how["shift"], solver=how["solver"], dtype=dtype,
-          metadata=run.metadata(weights), max_shard_bytes=max_shard_bytes)  # fmt: skip
+    how, options = run.sampling(), {}
+    if form == "diffusers" and run.gives_frames:
+        patch_size = run.networks.dit_config.patch_size
+        options = dict(expand_timesteps=patch_size == export.IMAGE_PATCH)
+        if patch_size != export.IMAGE_PATCH:
+            print(f"without image-to-video: diffusers gives timesteps to patches of {export.IMAGE_PATCH}, those of this "
+                  f"run are {patch_size}")  # fmt: skip
+    metadata = run.metadata(weights) | dict(license=license)
+    if processes.is_first():  # the others have opened the checkpoint with it, and wait
+        write(run.networks, run.tokenizer, out, shift=how["shift"], solver=how["solver"], dtype=dtype,
+              metadata=metadata, max_shard_bytes=max_shard_bytes, **options)  # fmt: skip
+    processes.wait("export")
 
 
 if __name__ == "__main__":

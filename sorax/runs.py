@@ -27,6 +27,7 @@ from sorax.text import TextConfig, TextEncoder
 from sorax.vae import VAE, VAEConfig
 
 WEIGHTS = {"ema": "ema_params", "raw": "params"}
+WAN_SHAPE = (81, 480, 832, 16.0)  # frames, height, width, fps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +58,31 @@ class Run:
         return dict(num_steps=settings.num_steps, solver=settings.solver, guidance_scale=settings.guidance_scale,
                     shift=shift)  # fmt: skip
 
+    @property
+    def gives_frames(self) -> bool:
+        """Whether it is trained with given frames, and so makes videos from an image too."""
+        from sorax.objectives import FlowConfig
+
+        return any(config_lib.build(FlowConfig, self.config.flow, "flow").given[1:])
+
+    @property
+    def data_plan(self) -> str:
+        """Identity of the rows that the run was trained on; "" where it was not trained."""
+        if not self.step:
+            return ""
+        checkpoints = Checkpoints(self.workdir)
+        try:
+            return checkpoints.info(self.step)["data"]
+        finally:
+            checkpoints.close()
+
     def usual_shape(self) -> tuple[int, int, int, float]:
-        """(frames, height, width, fps) that the run saw most among its first validation samples."""
+        """(frames, height, width, fps) that the run saw most among its first validation samples; of imported weights
+        that have no data Wan's own, 480p."""
         data = self.config.data
         paths = [part["path"] for part in data.get("mixture") or ()] or [data.path]
+        if not any(paths):
+            return WAN_SHAPE
         for folder in (os.path.join(self.workdir, "latents"), *map(shards_folder, filter(is_shards, paths))):
             if there := splits(folder):
                 shards = LatentShards(folder, "val" if "val" in there else "train", first=64)
@@ -80,10 +102,12 @@ class Run:
         how = self.sampling()
         sample = dict(prompt="a red circle moving right", height=height, width=width, num_frames=frames, fps=fps,
                       num_steps=how["num_steps"], guidance_scale=how["guidance_scale"])  # fmt: skip
-        name, data = os.path.basename(os.path.abspath(self.workdir)), f"data.path = {self.config.data.path!r}"
-        config = self.config.to_dict()
-        return dict(name=name, step=self.step, weights=weights, config=config, data=data, sample=sample,
-                    scores=self.scores())  # fmt: skip
+        data = self.config.data
+        paths = [part["path"] for part in data.get("mixture") or ()] or [data.path]
+        sentence = ", ".join(f"`{path}`" for path in paths) if any(paths) else "None: these are imported weights."
+        return dict(name=os.path.basename(os.path.abspath(self.workdir)), step=self.step, weights=weights,
+                    config=self.config.to_dict(), data=sentence, data_plan=self.data_plan, sample=sample,
+                    given_frames=self.gives_frames, scores=self.scores())  # fmt: skip
 
     def scores(self) -> dict[str, str]:
         """The main scores of `report/scores.json` in words; empty where it is missing or of another step."""
