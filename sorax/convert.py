@@ -14,11 +14,11 @@ import numpy as np
 from sorax.dit import DiT, DiTConfig
 from sorax.errors import UserError
 from sorax.functional import abstract
-from sorax.read_weights import load, open_params, read_json, tensor_files
+from sorax.read_weights import SAME, load, open_params, read_json, tensor_files
 from sorax.text import TextConfig, TextEncoder
 from sorax.vae import VAE, VAEConfig
 
-SAME, MATRIX, ROW = "... -> ...", "i o -> o i", "n d -> 1 n d"
+MATRIX, ROW = "i o -> o i", "n d -> 1 n d"
 CONV_2D, CONV_3D = "1 h w i o -> o i h w", "t h w i o -> o i t h w"
 GAMMA_2D, GAMMA_3D = "c -> c 1 1", "c -> c 1 1 1"
 WEIGHTS = "diffusion_pytorch_model"  # stem of the weight files of a diffusers model

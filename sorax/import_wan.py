@@ -213,10 +213,8 @@ def _check_values(pipeline):
     done = 0
     with Progress("check", sum(leaf.size for leaf in leaves) // 10**6, unit="M values") as progress:
         for leaf in leaves:
-            stacked = getattr(leaf, "is_stacked", False)
-            for part in range(leaf.shape[0]) if stacked else [None]:
-                value = np.asarray(leaf if part is None else leaf[part])
-                if not np.isfinite(value.astype(np.float32)).all():
+            for block in read_weights.blocks(leaf):
+                if not np.isfinite(block.astype(np.float32)).all():
                     raise UserError("latents_mean or latents_std of the VAE are not finite: the folder is damaged")
             done += leaf.size
             progress.advance(done // 10**6)
