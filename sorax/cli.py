@@ -189,8 +189,9 @@ def encode_verb(arguments, overrides):
 
     processes.start(arguments.coordinator, arguments.processes, arguments.process)
     config = config_lib.load_config(arguments.config, overrides, complete)
+    home = os.path.dirname(arguments.config) if arguments.config.endswith(".json") else ""
     encode_experiment(config, arguments.vae, arguments.out, num_shards=arguments.shards,
-                      tokenizer=arguments.tokenizer)  # fmt: skip
+                      tokenizer=arguments.tokenizer, workdir=home)  # fmt: skip
     print(f"latents: {arguments.out}, train with --config.data.path=shards:{arguments.out}")
 
 

@@ -101,9 +101,9 @@ def _products(jaxpr) -> float:
     return total
 
 
-def rows_work(dit: DiTConfig, text: TextConfig, batch, **routing) -> dict:
+def rows_work(dit: DiTConfig, text: TextConfig | None, batch, **routing) -> dict:
     """Host-side counts of this process's packed rows (numpy) of a step: samples, tokens (places of the rows),
-    useful_tokens (those that hold a sample's) and model_flops of training. routing: that of `dit_forward`."""
+    useful_tokens (those that hold a sample's) and model_flops of training. text, routing: those of `train_rows`."""
     lengths, text_lengths = [], []
     for ids, text_ids in zip(batch["segment_ids"], batch["text_segment_ids"]):
         counts, text_counts = np.bincount(ids)[1:], np.bincount(text_ids)[1:]
@@ -114,13 +114,14 @@ def rows_work(dit: DiTConfig, text: TextConfig, batch, **routing) -> dict:
                 model_flops=work)  # fmt: skip
 
 
-def train_rows(dit: DiTConfig, text: TextConfig, lengths, text_lengths, rows: int, **routing) -> float:
+def train_rows(dit: DiTConfig, text: TextConfig | None, lengths, text_lengths, rows: int, **routing) -> float:
     """Operations of a training step (forward and backward) on samples packed in so many rows, all samples together.
 
-    A row has a noise level a sample, and the clean one. routing: that of `dit_forward`.
+    A row has a noise level a sample, and the clean one. text: None where captions were embedded before. routing: that
+    of `dit_forward`.
     """
     forward = dit_forward(dit, lengths, text_lengths, levels=len(lengths) + rows, **routing)
-    return 3 * (forward + text_forward(text, text_lengths))
+    return 3 * (forward + (text_forward(text, text_lengths) if text else 0))
 
 
 def vae_work(config: VAEConfig, shape) -> dict:

@@ -211,10 +211,10 @@ def _check_values(pipeline):
     """Reads every tensor once: all must be finite."""
     leaves = [leaf for tree in (pipeline.dit, pipeline.vae, pipeline.text) for leaf in jax.tree.leaves(tree)]
     done = 0
-    with Progress("check", sum(leaf.size for leaf in leaves) // 10**6, unit="M values") as progress:
+    with Progress("check", sum(leaf.size for leaf in leaves), unit="values") as progress:
         for leaf in leaves:
             for block in read_weights.blocks(leaf):
                 if not np.isfinite(block.astype(np.float32)).all():
                     raise UserError("latents_mean or latents_std of the VAE are not finite: the folder is damaged")
             done += leaf.size
-            progress.advance(done // 10**6)
+            progress.advance(done)

@@ -98,6 +98,7 @@ class DataConfig:
     val_samples: int = 64
     ranks: int = 0  # shares of a batch that have equal cost; 0: as many as the mesh has when the run starts
     tokenizer: str = ""  # folder with one, or "bytes" (ByT5's); "": BPE, trained on the captions
+    text_embeds: bool = False  # keep captions' embeddings beside the latents, and train without the frozen text encoder
     posterior: str = "mean"  # of latents: "mean", or "sample" for a new draw each time that a sample comes
 
 
@@ -230,7 +231,11 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
     val_rows = RowSource(val_examples, seed=0, **row_options)
 
     # --- What is read: networks that start from other weights, and those that keep them
-    constants = start_params(config, workdir, task.frozen, places=task.frozen) if task.frozen else {}
+    kept = task.frozen.keys() & task.constants.keys()
+    constants = start_params(config, workdir, kept, places=task.frozen) if kept else {}
+    if data.text_embeds:
+        empty = task.constants["empty_caption"]
+        constants["empty_caption"] = jax.device_put(examples.empty_caption.astype(empty.dtype), empty.sharding)
 
     def start(params):
         return params | start_params(config, workdir, params, places=params) if config.get("init") else params
@@ -243,6 +248,8 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
             metrics[f"val_loss_sigma_{sigma:g}"] = float(total / count)
         metrics["val_loss"] = float(np.mean(list(metrics.values())))
         networks = params | constants
+        if data.text_embeds:  # prompts need the encoder: it is here for as long as they are sampled
+            networks |= start_params(config, workdir, ["text"], places=task.frozen)
         generator = Generator(model, networks["dit"], text_model, networks["text"], tokenizer, codec, mesh)
         some = range(min(evaluation.num_videos, len(val_examples)))
         shapes = val_examples.video_shapes.tolist()
@@ -260,7 +267,7 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
         init=task.init,
         loss=task.loss,
         batches=lambda step: make_loader(rows, start_step=step, num_workers=data.workers, **loader_options(mesh)),
-        work=lambda batch: flops.rows_work(model, text_model, batch, **task.routing),
+        work=lambda batch: flops.rows_work(model, None if data.text_embeds else text_model, batch, **task.routing),
         evaluate=evaluate,
         start=start,
         constants=constants,

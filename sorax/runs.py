@@ -197,6 +197,16 @@ def start_params(config, workdir: str, names, *, stored: bool = False, places=No
     return made
 
 
+def start_tokenizer(config, workdir: str) -> str:
+    """The folder of the tokenizer that a run's text encoder was trained with, where it starts from `config.init`; ""
+    where it does not, or `config.data.tokenizer` says otherwise."""
+    if not config.get("init") or config.data.get("tokenizer"):
+        return config.data.get("tokenizer") or ""
+    folder = _inside(workdir, config.init)
+    is_pipeline = os.path.isfile(os.path.join(folder, "model_index.json"))
+    return os.path.join(folder, "tokenizer") if is_pipeline else folder
+
+
 def _first_device(tree):
     place = SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float32, sharding=place), tree)
