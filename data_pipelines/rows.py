@@ -192,7 +192,7 @@ class RowSource:
             return dict(tokens=tokens, **self._fill(tokens, itertools.chain([first], read)))
 
     def _fill(self, tokens, samples):
-        """Puts samples (row, place, latents, text, embeddings) into tokens [B, N, P]; returns the rows' other fields."""
+        """Puts samples (row, place, latents, text, embeddings) into tokens [B, N, P]; returns the other fields."""
         count, tokens = len(tokens), tokens.view(np.ndarray)
         where = np.zeros((count, self.row_tokens, 3), np.int32)
         segment_ids = np.zeros((count, self.row_tokens), np.int32)

@@ -357,8 +357,8 @@ def _export(workdir, out, form, dtype, weights, max_shard_bytes=5 * 10**9, licen
         patch_size = run.networks.dit_config.patch_size
         options = dict(expand_timesteps=patch_size == export.IMAGE_PATCH)
         if patch_size != export.IMAGE_PATCH:
-            print(f"without image-to-video: diffusers gives timesteps to patches of {export.IMAGE_PATCH}, those of this "
-                  f"run are {patch_size}")  # fmt: skip
+            print(f"without image-to-video: diffusers gives timesteps to patches of {export.IMAGE_PATCH}, those of "
+                  f"this run are {patch_size}")  # fmt: skip
     metadata = run.metadata(weights) | dict(license=license)
     if processes.is_first():  # the others have opened the checkpoint with it, and wait
         write(run.networks, run.tokenizer, out, shift=how["shift"], solver=how["solver"], dtype=dtype,

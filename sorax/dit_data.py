@@ -48,10 +48,10 @@ def prepare_data(config, workdir: str, codec: Codec, vae_identity: str):
     if not any(map(is_shards, paths)):
         return _encode_splits(config, codec, vae_identity, out, workdir, workdir, replace=True)
     tokenizer = _tokenizer_of_shards(shards_folder(paths[0]), workdir, config.text.vocab_size)
-    if (wanted := start_tokenizer(config, workdir)) and wanted != "bytes":
-        if Tokenizer.load(wanted).identity != tokenizer.identity:
-            raise UserError(f"{paths[0]} was encoded with another tokenizer than that of {wanted}, which the text "
-                            f"encoder was trained with: encode it again with --tokenizer {wanted}")  # fmt: skip
+    wanted = start_tokenizer(config, workdir)
+    if wanted not in ("", "bytes") and Tokenizer.load(wanted).identity != tokenizer.identity:
+        raise UserError(f"{paths[0]} was encoded with another tokenizer than that of {wanted}, which the text "
+                        f"encoder was trained with: encode it again with --tokenizer {wanted}")  # fmt: skip
     text = FrozenText(config, workdir) if config.data.get("text_embeds") else None
     examples = _open_shards(config.data, vae_identity, text)
     val_examples = _validation(config, codec, vae_identity, tokenizer, out, shards_folder(paths[0]), text, replace=True)

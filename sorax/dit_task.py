@@ -134,8 +134,8 @@ def dit_task(config, data, settings, mesh) -> DiTTask:
                             "set it to a WanPipeline folder or a run")  # fmt: skip
 
     if data.text_embeds and "text" not in settings.freeze:
-        raise UserError("config.data.text_embeds keeps what the text encoder says of captions, so it cannot be trained: "
-                        "set config.train.freeze to ('text',) and config.init to its weights")  # fmt: skip
+        raise UserError("config.data.text_embeds keeps what the text encoder says of captions, so it cannot be "
+                        "trained: set config.train.freeze to ('text',) and config.init to its weights")  # fmt: skip
 
     def init(key):
         keys = dict(zip(networks, jax.random.split(key)))
@@ -148,7 +148,8 @@ def dit_task(config, data, settings, mesh) -> DiTTask:
     constants = dict(frozen)
     if data.text_embeds:
         del constants["text"]
-        constants["empty_caption"] = jax.ShapeDtypeStruct((text_model.width,), dtype, sharding=sharding.replicated(mesh))
+        place = sharding.replicated(mesh)
+        constants["empty_caption"] = jax.ShapeDtypeStruct((text_model.width,), dtype, sharding=place)
 
     def text_of(params, batch, text_tokens):
         """[B, M, D] of captions, some of which were dropped since the batch was made."""

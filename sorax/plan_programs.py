@@ -115,8 +115,8 @@ def train_program(recipe, task, mesh, topology, rows) -> Program:
     place = sharding.batch_sharding(mesh)
     batch = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for k, x in task.batch_shapes.items()}
     program = compiled_step(task, tx, recipe.settings, state, mesh)
-    memory = Memory(topology.device.memory, params=held(state.params) + held(task.constants), ema=held(state.ema_params),
-                    moments=held(state.opt_state))  # fmt: skip
+    memory = Memory(topology.device.memory, params=held(state.params) + held(task.constants),
+                    ema=held(state.ema_params), moments=held(state.opt_state))  # fmt: skip
     layers = [x.shape[1:] for x in jax.tree.leaves(state.params["dit"]["blocks"])]
     data, shape = recipe.data, "x".join(map(str, rows.video))
     lengths, texts = ([n] * rows.samples * data.batch for n in (rows.tokens, rows.text))

@@ -79,7 +79,7 @@ class Embedder:
         return [row[: len(caption)].copy() for row, caption in zip(embeds, captions)]
 
     def save_empty(self, folder):
-        """Writes the embedding of the empty caption, which captions that are dropped become, into a folder of latents."""
+        """Writes the embedding of the empty caption, which dropped captions become, into a folder of latents."""
         path = os.path.join(folder, EMPTY_CAPTION)
         with open(path + ".partial", "wb") as file:
             np.save(file, self([np.array([EOS_ID])])[0][0])

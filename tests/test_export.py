@@ -144,6 +144,10 @@ def test_model_card_says_how_to_run_it(networks, tmp_path):
     card = (out / "README.md").read_text()
     assert card.startswith("---\nlicense: apache-2.0\nlibrary_name: diffusers\n")
     assert "7 training steps" in card and '"a \\"{x}\\" circle"' in card and "fps=6" in card
+    assert "image-to-video" not in card and "given frames" not in card
+    metadata["given_frames"] = True  # in patches that diffusers gives no timesteps
+    told = export.export_diffusers(networks, TOKENIZER, tmp_path / "told", shift=3.0, metadata=metadata)
+    assert "It was trained with given frames too, which diffusers cannot run" in (told / "README.md").read_text()
 
 
 def test_own_format_keeps_names_and_values(networks, tmp_path):
@@ -328,22 +332,29 @@ def test_the_exported_folder_runs_in_diffusers(networks, tmp_path, solver, shape
     assert np.abs(generator.codec.decode([ours])[0] - pixels).max() <= 1
 
 
-def test_a_first_frame_is_given_as_in_diffusers(networks, tmp_path):
-    """Image to video through WanImageToVideoPipeline, whose timesteps are per token and 0 on the given frame."""
+@pytest.mark.parametrize("solver, shape", [("euler", (9, 32, 48)), ("unipc", (5, 48, 32))], ids=str)
+def test_a_first_frame_is_given_as_in_diffusers(networks, tmp_path, solver, shape):
+    """Image to video through WanImageToVideoPipeline, whose timesteps are per token and 0 on the given frame; the same
+    folder is text to video in WanPipeline. Latents to 1e-4 of the largest, pixels within 1 of 255."""
     diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
-    out = export.export_diffusers(networks, TOKENIZER, tmp_path / "out", shift=3.0, expand_timesteps=True)
-    pipe = diffusers.WanImageToVideoPipeline.from_pretrained(out)
-    shape, generator = (9, 32, 48), generator_of(networks)
-    noise = np.random.default_rng(0).standard_normal((3, 4, 6, 4), np.float32)
-    image = np.random.default_rng(1).integers(0, 256, (32, 48, 3), dtype=np.uint8)
-    theirs = pipe(
-        Image.fromarray(image), "a red circle", num_frames=9, height=32, width=48, num_inference_steps=4,
-        latents=torch.from_numpy(np.moveaxis(noise, -1, 0)[None].copy()), guidance_scale=3.0, output_type="latent",
-    ).frames.numpy()[0]  # fmt: skip
+    how = dict(shift=3.0, solver=solver)
+    out = export.export_diffusers(networks, TOKENIZER, tmp_path / "out", expand_timesteps=True, **how)
+    assert "WanImageToVideoPipeline.from_pretrained" in (out / "README.md").read_text()
+    (T, H, W), generator = shape, generator_of(networks)
+    noise = np.random.default_rng(0).standard_normal((1 + (T - 1) // 4, H // 8, W // 8, 4), np.float32)
+    image = np.random.default_rng(1).integers(0, 256, (H, W, 3), dtype=np.uint8)
+    options = dict(prompt="a red circle", num_frames=T, height=H, width=W, num_inference_steps=4, guidance_scale=3.0,
+                   latents=torch.from_numpy(np.moveaxis(noise, -1, 0)[None].copy()))  # fmt: skip
     given = given_frames(generator.codec, {0: image[None]}, *shape)
-    request = Request("a red circle", *shape, noise=noise, given=given)
-    ours = generator.latents([request], num_steps=4, shift=3.0, guidance_scale=3.0)[0]
-    np.testing.assert_allclose(ours, np.moveaxis(theirs, 0, -1), rtol=0, atol=1e-4 * np.abs(theirs).max())
+    for kind, extra, shown in (("WanImageToVideoPipeline", dict(image=Image.fromarray(image)), given),
+                               ("WanPipeline", {}, None)):  # fmt: skip
+        pipe = getattr(diffusers, kind).from_pretrained(out)
+        theirs = np.moveaxis(pipe(**options, **extra, output_type="latent").frames.numpy()[0], 0, -1)
+        request = Request("a red circle", *shape, noise=noise, given=shown)
+        ours = generator.latents([request], num_steps=4, guidance_scale=3.0, **how)[0]
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
+        pixels = np.asarray(pipe(**options, **extra, output_type="np").frames[0]) * 255
+        assert np.abs(generator.codec.decode([ours])[0] - pixels).max() <= 1
 
 
 # --- Wan's own names, and what stays on the disk

@@ -88,7 +88,7 @@ def test_the_encoder_is_not_there_in_training(objectives):
     assert not batches[1]["text_embeds"][empty].any() and batches[1]["text_embeds"][~empty].any(-1).all()
 
 
-def test_what_sorax_encode_stores_trains_and_is_refused_with_another_encoder(imported, tmp_path, quick_compiler, capsys):
+def test_what_sorax_encode_stores_trains_and_is_refused_with_another_encoder(imported, tmp_path, quick_compiler):
     run, latents = tmp_path / "run", tmp_path / "latents"
     shutil.copytree(imported, run)
     flags = [f"--config.{x}" for x in (*SMALL, "data.text_embeds=true")]

@@ -3,11 +3,11 @@
     python -m experiments.bench.weights_memory --folder /tmp/weights [--limit 8] [--layers 40] [--depths 8 24]
 
 Made-up bfloat16 weights of the full size (28.6 GB for the transformer, 11.4 GB for the text encoder) are written with
-holes: every tensor begins with random numbers, and the rest takes no room on the disk. `sorax import` and `sorax export`
-run in processes whose address space is limited to `--limit` GiB, which counts all that they map; their resident peak is
-printed, and every exported tensor must have the bytes it came with. Then runs that were "trained" to checkpoints of two
-depths, in float32, are exported under the same limit: the peak must not grow with the depth. Where the disk has no room
-for what is exported, fewer layers are, and it says so. The folder is removed.
+holes: every tensor begins with random numbers, and the rest takes no room on the disk. `sorax import` and
+`sorax export` run in processes whose address space is limited to `--limit` GiB, which counts all that they map; their
+resident peak is printed, and every exported tensor must have the bytes it came with. Then runs that were "trained" to
+checkpoints of two depths, in float32, are exported under the same limit: the peak must not grow with the depth. Where
+the disk has no room for what is exported, fewer layers are, and it says so. The folder is removed.
 """
 
 import argparse
@@ -132,8 +132,8 @@ def write_trained(folder, layers):
     """A run with a checkpoint in float32 of a DiT of the width of Wan's 1.3B; returns the bytes of its parameters."""
     dit_config, vae_config = DiTConfig(num_layers=layers, text_dim=SMALL_TEXT.width), VAEConfig()
     write_pipeline(folder / "vae_of", DiTConfig(num_layers=1, text_dim=64), SMALL_TEXT, vae_config)
-    pipeline = convert.Pipeline(vae_config, None, dit_config, None, SMALL_TEXT, None, export.scheduler_json("euler", 3.0),
-                                False)  # fmt: skip
+    scheduler = export.scheduler_json("euler", 3.0)
+    pipeline = convert.Pipeline(vae_config, None, dit_config, None, SMALL_TEXT, None, scheduler, False)
     config = import_wan.experiment(pipeline) | dict(init="", vae=dict(path=str(folder / "vae_of")))
     config["train"]["freeze"] = []
     write_json(folder / "run" / "config.json", config)
