@@ -104,8 +104,7 @@ def open_params(where, files, names, shapes, extra=None, aliases=None):
                 key = name.theirs if name.theirs in inside else _alias_of(name.theirs, aliases, inside)
                 if key is None:
                     raise UserError(f"{path}: tensor {name.theirs} is not there, though the index says so")
-                tensor = opened.get_slice(key)
-                found, wanted, dtype = tuple(tensor.get_shape()), name.shape(leaves), tensor.get_dtype()
+                (found, dtype), wanted = _kind(opened, key), name.shape(leaves)
                 if found != wanted:
                     misshapen.append(f"{key} has shape {found}, the config asks for {wanted}")
                 if dtype not in DTYPES:
@@ -199,10 +198,16 @@ def refuse_pickle(path):
                         "safetensors.torch.save_file")  # fmt: skip
 
 
+def _kind(file, key):
+    """(shape, dtype) of a tensor. A slice that outlives its file keeps all of it mapped: here it does not."""
+    tensor = file.get_slice(key)
+    return tuple(tensor.get_shape()), tensor.get_dtype()
+
+
 def tensor_shapes(path) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors of one safetensors file."""
     with open_safetensors(path) as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        return {name: _kind(file, name)[0] for name in file.keys()}  # noqa: SIM118
 
 
 def open_safetensors(path):

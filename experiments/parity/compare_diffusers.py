@@ -87,7 +87,8 @@ def main():
         latent_shape = (*networks.vae_config.latent_shape(*shape), networks.vae_config.latent_channels)
         noise = np.random.default_rng(args.seed).standard_normal(latent_shape, np.float32)
         for solver in args.solver or ["euler", "unipc"]:
-            request, image = Request(args.prompt, *shape, negative_prompt=args.negative_prompt, noise=noise), {}
+            request = Request(args.prompt, *shape, negative_prompt=args.negative_prompt, noise=noise)
+            image, frame = {}, None
             for start, pipe in pipes.items():
                 if start == "image":  # the first frame of what was made of the text
                     given = given_frames(codec, {0: frame[None]}, *shape)
