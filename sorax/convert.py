@@ -248,6 +248,10 @@ def open_diffusers(folder) -> Pipeline:
     index = read_json(folder / "model_index.json")
     kind, expand = index.get("_class_name"), bool(index.get("expand_timesteps"))
     if kind != "WanPipeline" and not (kind == "WanImageToVideoPipeline" and expand):
+        if kind == "WanImageToVideoPipeline":
+            raise UserError(f"{folder} is an image-to-video model that takes the image as more latent channels (in Wan "
+                            "2.1 through an image encoder too), which sorax does not have: use a text-to-video model, "
+                            "or Wan 2.2's TI2V, which is given the first frame itself")  # fmt: skip
         raise UserError(f"{folder}: a {kind} is not supported, only WanPipeline: choose a Wan text-to-video model")
     if (index.get("transformer_2") or [None])[0] or index.get("boundary_ratio") is not None:
         raise UserError(f"{folder}: two transformers (a mixture by noise level) are not supported: use Wan 2.1 or TI2V")

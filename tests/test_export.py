@@ -218,6 +218,16 @@ def shard(folder, weight_map):
     path.with_name(path.name + ".index.json").write_text(json.dumps(index))
 
 
+def point_elsewhere(folder):
+    """Makes the index say that one tensor, which is in both files, is in the second."""
+    path = folder / "transformer" / f"{WEIGHTS['transformer']}.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["proj_out.bias"] = "b.safetensors"
+    tensors = load_file(folder / "transformer" / "b.safetensors")
+    save_file({"proj_out.bias": tensors["proj_out.bias"]}, folder / "transformer" / "b.safetensors")
+    path.write_text(json.dumps(index))
+
+
 def truncate(path):
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -242,6 +252,14 @@ SPOILT = {
     "no weights": (lambda f: (f / "vae" / WEIGHTS["vae"]).unlink(), "not a complete model folder"),
     "no index": (lambda f: (f / "model_index.json").unlink(), "model_index.json cannot be read"),
     "not json": (lambda f: (f / "vae" / "config.json").write_text("{"), "is not JSON"),
+    "image to video": (
+        lambda f: edit_json(f / "model_index.json", _class_name="WanImageToVideoPipeline"),
+        "takes the image as more latent channels.*TI2V",
+    ),
+    "duplicated": (
+        lambda f: (shard(f, lambda name: "a.safetensors"), shutil.copy(f / "transformer" / "a.safetensors",
+                   f / "transformer" / "b.safetensors"), point_elsewhere(f)), "repeats, or has beside the index, 1 ten",
+    ),
     "other pipeline": (lambda f: edit_json(f / "model_index.json", _class_name="FluxPipeline"), "FluxPipeline"),
     "two transformers": (lambda f: edit_json(f / "model_index.json", boundary_ratio=0.9), "two transformers"),
     "image model": (lambda f: edit_json(f / "transformer" / "config.json", image_dim=1280), "image_dim = 1280"),
