@@ -160,11 +160,15 @@ def _parse(argv):
 def train_verb(arguments, overrides):
     from sorax import config, processes
     from sorax.objectives import complete
+    from sorax.runs import anchored
     from sorax.train import train
 
     processes.start(arguments.coordinator, arguments.processes, arguments.process)
     profile = _steps(arguments.profile) if arguments.profile else None
-    train(config.load_config(arguments.config, overrides, complete), arguments.workdir, profile=profile)
+    loaded = config.load_config(arguments.config, overrides, complete)
+    if os.path.dirname(os.path.abspath(arguments.config)) != os.path.abspath(arguments.workdir):
+        loaded = anchored(loaded, arguments.config)
+    train(loaded, arguments.workdir, profile=profile)
     print(f"run: {arguments.workdir}")
 
 
@@ -186,12 +190,12 @@ def encode_verb(arguments, overrides):
     from sorax import processes
     from sorax.dit_data import encode_experiment
     from sorax.objectives import complete
+    from sorax.runs import anchored
 
     processes.start(arguments.coordinator, arguments.processes, arguments.process)
     config = config_lib.load_config(arguments.config, overrides, complete)
-    home = os.path.dirname(arguments.config) if arguments.config.endswith(".json") else ""
-    encode_experiment(config, arguments.vae, arguments.out, num_shards=arguments.shards,
-                      tokenizer=arguments.tokenizer, workdir=home)  # fmt: skip
+    encode_experiment(anchored(config, arguments.config), arguments.vae, arguments.out, num_shards=arguments.shards,
+                      tokenizer=arguments.tokenizer)  # fmt: skip
     print(f"latents: {arguments.out}, train with --config.data.path=shards:{arguments.out}")
 
 

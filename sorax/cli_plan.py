@@ -31,8 +31,9 @@ def plan_verb(arguments, overrides):
     from sorax import config as config_lib
     from sorax import plan, plan_report, plan_search
     from sorax.objectives import complete
+    from sorax.runs import anchored
 
-    config = config_lib.load_config(arguments.config, overrides, complete)
+    config = anchored(config_lib.load_config(arguments.config, overrides, complete), arguments.config)
     place = topology.open_topology(arguments.topology, arguments.slices)
     names, video = _programs(arguments.programs), _video(arguments.video)
     if not arguments.search:

@@ -72,15 +72,12 @@ def _encode_splits(config, codec, vae_identity, out, folder, workdir, *, num_sha
     return tokenizer, examples, _validation(config, codec, vae_identity, tokenizer, out, out, text, replace=replace)
 
 
-def encode_experiment(
-    config, vae_run: str, out: str, *, num_shards: int = 0, tokenizer: str = "", workdir: str = ""
-) -> None:
+def encode_experiment(config, vae_run: str, out: str, *, num_shards: int = 0, tokenizer: str = "") -> None:
     """Writes the latents of a DiT experiment's data to a folder, for `data.path` "shards:FOLDER" of this or another.
 
     Args:
         vae_run: where the VAE is, as `open_vae` takes it; "" for config.vae.path.
         tokenizer: in place of config.data.tokenizer.
-        workdir: the run whose config it is, where it is one's: paths in the config may be inside.
 
     Raises:
         UserError: the data or the VAE cannot be used, or the folder holds something else.
@@ -91,7 +88,7 @@ def encode_experiment(
         raise UserError("config.data.path is empty: set --config.data.path=FOLDER (videos with captions), or =world")
     if any(map(is_shards, _paths(config.data))):
         raise UserError(f"config.data.path {config.data.path!r} is encoded already: name the videos")
-    vae_run = vae_run or (config.vae.get("path") and vae_folder(config, workdir))
+    vae_run = vae_run or config.vae.get("path")
     if not vae_run:
         raise UserError("no VAE to encode with: name its run with --vae or config.vae.path")
     vae_config, vae_params, vae_identity = open_vae(vae_run)
@@ -99,7 +96,7 @@ def encode_experiment(
         config = config.copy_and_resolve_references()
         with config.data.unlocked():
             config.data.tokenizer = tokenizer
-    _encode_splits(config, Codec(vae_config, vae_params), vae_identity, out, out, workdir, num_shards=num_shards)
+    _encode_splits(config, Codec(vae_config, vae_params), vae_identity, out, out, "", num_shards=num_shards)
 
 
 def grid(vae_config, patch_size) -> dict:

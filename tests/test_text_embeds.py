@@ -25,7 +25,7 @@ from sorax.train import train
 WAN = pathlib.Path(__file__).parent / "fixtures" / "wan"
 SMALL = ("data.path=world", "data.batch=8", "data.row_tokens=64", "data.row_text=128", "data.val_samples=4",
          "train.remat=none", "train.steps=2", "flow.caption_dropout=0.4", "eval.num_steps=1", "eval.num_videos=1",
-         "mesh.data=4", "mesh.fsdp=2")  # fmt: skip
+         "eval.every=2", "mesh.data=4", "mesh.fsdp=2")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
