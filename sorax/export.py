@@ -28,7 +28,7 @@ from sorax import convert
 from sorax.convert import Networks
 from sorax.dit import DiTConfig
 from sorax.errors import UserError
-from sorax.export_weights import MAX_SHARD_BYTES, write_json, write_model
+from sorax.export_weights import AUTO, MAX_SHARD_BYTES, write_json, write_model
 from sorax.sharding import path_string
 from sorax.text import TextConfig
 from sorax.vae import VAEConfig
@@ -234,7 +234,7 @@ tags: [{tags}, wan, sorax, jax, flax]
 
 # {name}
 
-A text-to-video diffusion transformer trained with sorax (JAX and Flax), with the architecture of Wan 2.x.
+A text-to-video diffusion transformer with the architecture of Wan 2.x, written by sorax (JAX and Flax).
 
 | network | parameters |
 |---|---|
@@ -242,7 +242,7 @@ A text-to-video diffusion transformer trained with sorax (JAX and Flax), with th
 | video VAE | {vae:,} |
 | text encoder | {text:,} |
 
-Here: {weights} weights after {step} training steps, stored as {dtype}.
+Here: {which}, stored {dtype}.
 
 ## Run it
 
@@ -302,7 +302,7 @@ SAMPLE = dict(
 def model_card(networks: Networks, metadata: dict, fmt: str, dtype: str, out_dir, from_image: bool = False) -> str:
     """README.md: front matter, what it is, how to run it, what it was trained on and how it scored."""
     sample = SAMPLE | (metadata.get("sample") or {})
-    run = RUN_SAFETENSORS
+    run, weights, step = RUN_SAFETENSORS, metadata.get("weights") or "raw", metadata.get("step", "an unstated number of")
     if fmt == "diffusers":
         run = RUN_DIFFUSERS + (RUN_IMAGE if from_image else NO_IMAGE if metadata.get("given_frames") else "")
         prompt = json.dumps(sample["prompt"], ensure_ascii=False)
@@ -311,10 +311,9 @@ def model_card(networks: Networks, metadata: dict, fmt: str, dtype: str, out_dir
         license=metadata.get("license") or "other",
         name=metadata.get("name") or pathlib.Path(out_dir).resolve().name,
         **{part: sum(x.size for x in jax.tree.leaves(getattr(networks, part))) for part in ("dit", "vae", "text")},
-        weights=metadata.get("weights") or "raw",
+        which=f"{weights} weights after {step} training steps" if step else "weights as they were imported",
         tags="text-to-video, image-to-video" if from_image else "text-to-video",
-        step=metadata.get("step", "an unstated number of"),
-        dtype=dtype,
+        dtype="as they came, or in f32 where they were trained" if dtype == AUTO else f"in {dtype}",
         run=run,
         data=metadata.get("data") or "Not stated.",
         scores=score_table(metadata),
