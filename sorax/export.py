@@ -302,7 +302,8 @@ SAMPLE = dict(
 def model_card(networks: Networks, metadata: dict, fmt: str, dtype: str, out_dir, from_image: bool = False) -> str:
     """README.md: front matter, what it is, how to run it, what it was trained on and how it scored."""
     sample = SAMPLE | (metadata.get("sample") or {})
-    run, weights, step = RUN_SAFETENSORS, metadata.get("weights") or "raw", metadata.get("step", "an unstated number of")
+    weights, step = metadata.get("weights") or "raw", metadata.get("step", "an unstated number of")
+    run = RUN_SAFETENSORS
     if fmt == "diffusers":
         run = RUN_DIFFUSERS + (RUN_IMAGE if from_image else NO_IMAGE if metadata.get("given_frames") else "")
         prompt = json.dumps(sample["prompt"], ensure_ascii=False)

@@ -104,7 +104,7 @@ class Run:
                       num_steps=how["num_steps"], guidance_scale=how["guidance_scale"])  # fmt: skip
         data = self.config.data
         paths = [part["path"] for part in data.get("mixture") or ()] or [data.path]
-        sentence = ", ".join(f"`{path}`" for path in paths) if any(paths) else "Not sorax's to say: these are imported weights."
+        sentence = ", ".join(f"`{path}`" for path in paths if path) or "Unknown: these are imported weights."
         return dict(name=os.path.basename(os.path.abspath(self.workdir)), step=self.step, weights=weights,
                     config=self.config.to_dict(), data=sentence, data_plan=self.data_plan, sample=sample,
                     given_frames=self.gives_frames, scores=self.scores())  # fmt: skip
