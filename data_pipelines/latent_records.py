@@ -4,12 +4,14 @@ A data set is a folder that `tfds.builder_from_directory(folder).as_data_source(
 
     dataset_info.json  features.json  metadata.json      TFDS; metadata.json also names VAE, tokenizer and sources
     tokenizer.json                                       what made text_tokens of the captions
+    empty_caption.npy                                    where there are text_embeds: that of the empty caption
     latents-SPLIT.array_record-KKKKK-of-NNNNN            shard k: samples k * n // K to (k + 1) * n // K - 1, in order
     SPLIT.json                                           identity, and size, count and SHA-256 of every shard
     SPLIT.parquet                                        what must be known of every sample before it is read
     parts/                                               the same of single shards, until all are there
 
-Letters: t, h, w, C = frames, height, width and channels of latents; L = tokens of a caption; n samples, K shards.
+Letters: t, h, w, C = frames, height, width and channels of latents; L = tokens of a caption, D = width of their
+embeddings; n samples, K shards.
 """
 
 import hashlib
@@ -20,6 +22,7 @@ NAME = "latents"
 VERSION = "1.0.0"
 INFO = "dataset_info.json"
 PARTS = "parts"
+EMPTY_CAPTION = "empty_caption.npy"  # bits of bfloat16, uint16 [D]
 # [name, dtype] of the columns of SPLIT.parquet; num_frames, height and width are those of the video. checksum: the
 # first 8 bytes of the SHA-256 of the record; weight: how often a sample comes in an epoch.
 COLUMNS = (
@@ -33,17 +36,18 @@ def shard_name(split, k, num_shards):
     return f"{NAME}-{split}.array_record-{k:05d}-of-{num_shards:05d}"
 
 
-def features(channels):
-    """The TFDS features of a record; `channels` is C.
+def features(channels, text_width=0):
+    """The TFDS features of a record; `channels` is C, `text_width` D: 0 where captions are not embedded.
 
-    mean and logvar, of the posterior and not normalised, are uint16: the bits of bfloat16, which TFDS can only read
-    back where TensorFlow is installed. `(x.astype(np.uint32) << 16).view(np.float32)` are the numbers.
+    mean and logvar, of the posterior and not normalised, and text_embeds are uint16: the bits of bfloat16, which TFDS
+    can only read back where TensorFlow is installed. `(x.astype(np.uint32) << 16).view(np.float32)` are the numbers.
     """
     import tensorflow_datasets as tfds
 
     def latents():
         return tfds.features.Tensor(shape=(None, None, None, channels), dtype=np.uint16, encoding="bytes")
 
+    text = dict(text_embeds=tfds.features.Tensor(shape=(None, text_width), dtype=np.uint16, encoding="bytes"))
     return tfds.features.FeaturesDict(
         dict(
             key=tfds.features.Text(),
@@ -56,6 +60,7 @@ def features(channels):
             width=np.int32,
             fps=np.float32,
             sha256=tfds.features.Text(),
+            **(text if text_width else {}),
         )
     )
 
@@ -73,14 +78,15 @@ def checksum(record):
 class RecordEncoder:
     """Samples -> bytes, the same bytes for the same sample."""
 
-    def __init__(self, channels):
+    def __init__(self, channels, text_width=0):
         from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
-        self._features = features(channels)
+        self._features = features(channels, text_width)
         self._serializer = ExampleSerializer(self._features.get_serialized_info())
 
     def __call__(self, sample):
-        """sample: dict of all features but sha256; mean and logvar uint16 [t, h, w, C], text_tokens int32 [L]."""
+        """sample: dict of all features but sha256; mean and logvar uint16 [t, h, w, C], text_tokens int32 [L], and
+        text_embeds uint16 [L, D] if there are."""
         encoded = self._features.encode_example(sample | dict(sha256=latents_sha256(sample["mean"], sample["logvar"])))
         # Protocol buffers keep the features in a map, whose order is not fixed otherwise.
         return self._serializer.get_tf_example(encoded).SerializeToString(deterministic=True)
@@ -105,10 +111,16 @@ def parse_record(record):
         shape = tuple(feature[f"{name}/shape"].int64_list.value)
         return np.frombuffer(feature[f"{name}/value"].bytes_list.value[0], np.uint16).reshape(shape)
 
+    text_tokens = np.frombuffer(feature["text_tokens"].bytes_list.value[0], np.int32)
+    embeds = {}
+    if "text_embeds" in feature:
+        bits = np.frombuffer(feature["text_embeds"].bytes_list.value[0], np.uint16)
+        embeds = dict(text_embeds=bits.reshape(len(text_tokens), -1))
     return dict(
         key=text("key"),
         caption=text("caption"),
-        text_tokens=np.frombuffer(feature["text_tokens"].bytes_list.value[0], np.int32),
+        text_tokens=text_tokens,
+        **embeds,
         mean=latents("mean"),
         logvar=latents("logvar"),
         num_frames=number("num_frames"),

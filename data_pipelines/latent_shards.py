@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipelines import latent_records as records
-from data_pipelines.latent_writer import file_sha256, read_json, splits
+from data_pipelines.latent_writer import file_sha256, read_json, splits, text_width
 from data_pipelines.text_tokens import Tokenizer
 from sorax.errors import UserError
 
@@ -27,19 +27,21 @@ class LatentShards:
     Args:
       path: folder, as `sorax encode` or `LatentWriter` wrote it. split: its split.
       first: only so many samples; None for all.
+      text_embeds: read the embeddings of captions too, which must be there.
       held_bytes: a data set whose means and deviations are no larger in float32 is kept in memory as it is read, in
         this process but not in its workers.
 
     Attributes:
       shapes: int32 [n, 3], (t, h, w) of the latents. text_lengths: int32 [n].
       weights: float64 [n], or None if they are all 1.
+      text_width: D of the embeddings that are read, or 0.
       identity: of the samples, the VAE and the tokenizer. metadata: dict, as written.
 
     Nothing is read of the records themselves until a sample is asked for.
     Raises UserError where the folder holds no such split, or not all of its shards.
     """
 
-    def __init__(self, path, split="train", *, first=None, held_bytes=HELD_BYTES):
+    def __init__(self, path, split="train", *, first=None, text_embeds=False, held_bytes=HELD_BYTES):
         self.path, self.split = Path(path), split
         manifest = read_manifest(path, split)
         self.metadata, self.source = manifest["metadata"], manifest["source"]
@@ -59,7 +61,9 @@ class LatentShards:
         self.identity = manifest["identity"] if whole else f"{manifest['identity']}-{len(self)}"
         self._mean = np.asarray(self.metadata["vae"]["latents_mean"], np.float32)
         self._std = np.asarray(self.metadata["vae"]["latents_std"], np.float32)
+        self.text_width = text_width(self.metadata) if text_embeds else 0
         size = int(self.shapes.astype(np.int64).prod(1).sum()) * len(self._mean) * 2 * 4  # means and deviations
+        size += 2 * self.text_width * int(self.text_lengths.sum(dtype=np.int64))
         self._held = {} if size <= held_bytes else None
         self._readers, self._lock = OrderedDict(), threading.Lock()
 
@@ -74,6 +78,11 @@ class LatentShards:
         """float32 [n], of the videos."""
         return self._columns("fps")["fps"]
 
+    @functools.cached_property
+    def empty_caption(self):
+        """float32 [D], the embedding of the empty caption. Raises UserError where it is not as it was written."""
+        return _read_empty(self.path, text_width(self.metadata))
+
     def _columns(self, *names):
         return {name: column[: self._first] for name, column in _read_columns(self.path, self._manifest, names)}
 
@@ -81,25 +90,27 @@ class LatentShards:
         return len(self.shapes)
 
     def __getitem__(self, i):
-        """dict(latents float32 [t, h, w, C]: normalised means of the posterior, text_tokens int32 [L])."""
-        mean, _, text_tokens = self._moments(i, deviation=False)
-        return dict(latents=mean, text_tokens=text_tokens)
+        """dict(latents float32 [t, h, w, C]: normalised means of the posterior, text_tokens int32 [L], and text_embeds
+        uint16 [L, D], the bits of bfloat16, if they are read)."""
+        mean, _, text = self._moments(i, deviation=False)
+        return dict(latents=mean, **text)
 
     def sample(self, i, key):
         """As `self[i]`, with latents drawn from the posterior; (key, i) decides the draw. key: ints of at least 0."""
-        mean, deviation, text_tokens = self._moments(i, deviation=True)
+        mean, deviation, text = self._moments(i, deviation=True)
         noise = np.random.default_rng([*np.atleast_1d(key).tolist(), int(i)]).standard_normal(mean.shape, np.float32)
-        return dict(latents=mean + deviation * noise, text_tokens=text_tokens)
+        return dict(latents=mean + deviation * noise, **text)
 
     def _moments(self, i, *, deviation):
-        """(mean, deviation or None, text_tokens) of a sample, the first two those of normalised latents."""
+        """(mean, deviation or None, dict of what is read of its text), the first two those of normalised latents."""
         i = range(len(self))[i]
         held = self._held.get(i) if self._held is not None else None
         if held is None or (deviation and held[1] is None):
             sample = self.record(i)
             mean = (records.floats(sample["mean"]) - self._mean) / self._std
             spread = np.exp(np.float32(0.5) * records.floats(sample["logvar"])) / self._std if deviation else None
-            held = mean, spread, sample["text_tokens"]
+            names = ("text_tokens", "text_embeds") if self.text_width else ("text_tokens",)
+            held = mean, spread, {name: sample[name] for name in names}
             if self._held is not None:
                 self._held[i] = held
         return held
@@ -201,7 +212,7 @@ def verify(path, progress=lambda done: None):
     info = read_json(folder / records.INFO) or {}
     for split in written_splits(folder):
         manifest = read_manifest(folder, split)
-        problems += _verify_tokenizer(folder, manifest)
+        problems += _verify_tokenizer(folder, manifest) + _verify_empty(folder, manifest)
         lengths = [s["count"] for s in manifest["shards"]]
         there = [list(map(int, s["shardLengths"])) for s in info.get("splits", ()) if s["name"] == split]
         if there != [lengths]:
@@ -221,6 +232,26 @@ def verify(path, progress=lambda done: None):
             done += shard["count"]
             progress(done)
     return problems
+
+
+def _read_empty(folder, width):
+    path = folder / records.EMPTY_CAPTION
+    try:
+        bits = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): delete {folder} and encode again") from error
+    if bits.dtype != np.uint16 or bits.shape != (width,) or not np.isfinite(values := records.floats(bits)).all():
+        raise UserError(f"{path} does not hold {width} finite numbers: delete {folder} and encode again")
+    return values
+
+
+def _verify_empty(folder, manifest):
+    try:
+        if width := text_width(manifest["metadata"]):
+            _read_empty(folder, width)
+    except UserError as error:
+        return [str(error)]
+    return []
 
 
 def _verify_tokenizer(folder, manifest):

@@ -105,7 +105,7 @@ class LatentWriter:
         import pyarrow.parquet
         from array_record.python import array_record_module
 
-        path, encode = self._path(shard), records.RecordEncoder(self.channels)
+        path, encode = self._path(shard), records.RecordEncoder(self.channels, text_width(self.metadata))
         partial = path.with_name(path.name + ".partial")
         partial.unlink(missing_ok=True)
         # One record a group: each is compressed and read alone.
@@ -164,7 +164,7 @@ class LatentWriter:
         if there is not None:
             names = dict(
                 version="latents of another version of sorax",
-                identity="other data, or latents of another VAE or tokenizer", count="another data set",
+                identity="other data, or latents of another VAE, tokenizer or text encoder", count="another data set",
                 num_shards="the same data in another number of shards", metadata="other settings",
             )  # fmt: skip
             for name, words in names.items():
@@ -204,6 +204,11 @@ class LatentWriter:
 
     def _parts(self):
         return [self._part(k, suffix) for k in range(self.num_shards) for suffix in ("json", "parquet")]
+
+
+def text_width(metadata):
+    """D of the captions' embeddings in a data set of latents of such metadata; 0 if it has none."""
+    return metadata.get("text", {}).get("width", 0)
 
 
 def splits(folder):
@@ -253,7 +258,7 @@ def write_dataset_info(folder, channels):
     info = dataset_info.DatasetInfo(
         builder=identity,
         description="Latents of videos: the posterior of a VAE, with captions and their tokens.",
-        features=records.features(channels),
+        features=records.features(channels, text_width(shared)),
         metadata=dataset_info.MetadataDict({**shared, "splits": sources}),
         disable_shuffling=True,
         split_dict=tfds_splits.SplitDict(infos),

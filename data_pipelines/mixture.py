@@ -75,6 +75,11 @@ class MixtureExamples(_Concatenation):
             np.concatenate([getattr(part, name) for part in parts]) for name in ("shapes", "text_lengths")
         )
         self.identity = "-".join(part.identity for part in parts)
+        self.text_width = getattr(parts[0], "text_width", 0)
+
+    @property
+    def empty_caption(self):
+        return self.parts[0].empty_caption
 
     def key(self, i):
         part, index = self.locate(i)

@@ -34,6 +34,7 @@ class Examples(Protocol):
     shapes: int32 [n, 3], (t, h, w) of each. text_lengths: int32 [n], the tokens of each caption.
     weights, which it may lack: float64 [n] or None, how often each comes in an epoch on average.
     sample(i, key), where there is a distribution of latents: as [i], but a draw, a pure function of i and key.
+    text_width, which it may lack: D of the text_embeds uint16 [L, D] that its examples have, or 0.
     """
 
     shapes: np.ndarray
@@ -100,7 +101,8 @@ class RowSource:
 
     Row index r is row r % batch_size of step r // batch_size; epochs are whole steps. `source[r]` is a dict of
     tokens [N, P] (of the dtype of the latents), positions int32 [N, 3], segment_ids int32 [N] (1.., 0 = padding),
-    text_tokens int32 [M], text_segment_ids int32 [M]. `plans` is the `PackPlan`; `trimmed` int64, the examples that
+    text_tokens int32 [M], text_segment_ids int32 [M] and, where the examples have them, text_embeds uint16 [M, D] (bits
+    of bfloat16; 0 at empty slots). `plans` is the `PackPlan`; `trimmed` int64, the examples that
     are cut.
 
     Raises UserError where an example does not fit in a row, and, when read, where it has not the promised size.
@@ -133,6 +135,7 @@ class RowSource:
             raise UserError('posterior is "sample", but these examples hold no distribution to draw from: use "mean"')
         self.examples, self.patch_size, self.order, self.posterior = examples, tuple(patch_size), order, posterior
         self.row_tokens, self.row_text, self.batch_size = row_tokens, row_text, batch_size
+        self.text_width = getattr(examples, "text_width", 0)
         video, text = self._lengths(oversize)
         self.plans = PackPlan(
             video,
@@ -189,14 +192,15 @@ class RowSource:
             return dict(tokens=tokens, **self._fill(tokens, itertools.chain([first], read)))
 
     def _fill(self, tokens, samples):
-        """Puts samples (row, place, latents, text) into tokens [B, N, P]; returns the other fields of the rows."""
+        """Puts samples (row, place, latents, text, embeddings) into tokens [B, N, P]; returns the other fields."""
         count, tokens = len(tokens), tokens.view(np.ndarray)
         where = np.zeros((count, self.row_tokens, 3), np.int32)
         segment_ids = np.zeros((count, self.row_tokens), np.int32)
         text_tokens = np.full((count, self.row_text), PAD_ID, np.int32)
         text_segment_ids = np.zeros((count, self.row_text), np.int32)
+        text_embeds = np.zeros((count, self.row_text, self.text_width), np.uint16)
         ends = np.zeros(count, int)
-        for row, place, latents, text in samples:
+        for row, place, latents, text, embeds in samples:
             at, text_at = (0, 0) if place == 0 else (end, text_end)
             patches = patch_view(latents, self.patch_size, self.order)  # [t, h, w, C, pt, ph, pw]
             end = at + math.prod(patches.shape[:3])
@@ -206,12 +210,15 @@ class RowSource:
             segment_ids[row, at:end] = place + 1
             text_tokens[row, text_at : text_end - 1] = text
             text_segment_ids[row, text_at:text_end] = place + 1
+            if self.text_width:
+                text_embeds[row, text_at : text_end - 1] = embeds
             ends[row] = end
         for row, end in enumerate(ends):
             tokens[row, end:] = 0
-        return dict(
+        fields = dict(
             positions=where, segment_ids=segment_ids, text_tokens=text_tokens, text_segment_ids=text_segment_ids
-        )  # fmt: skip
+        )
+        return fields | (dict(text_embeds=text_embeds) if self.text_width else {})
 
     def _lengths(self, oversize):
         """Video and text tokens of each example, int32 [n] both; names those that are cut."""
@@ -239,7 +246,7 @@ class RowSource:
         return video, np.asarray(self.examples.text_lengths, np.int32) + 1
 
     def _read(self, sample, index, place):
-        """(latents [t, h, w, C], text tokens [L]) of a sample, cut to the length that was planned."""
+        """(latents [t, h, w, C] cut to the length that was planned, text tokens [L], embeddings [L, D] or None)."""
         try:
             with reading.note(sample):
                 if self.posterior == "sample":
@@ -262,7 +269,7 @@ class RowSource:
         pt, ph, pw = self.patch_size
         _, h, w = latents.shape[:3]
         frames = int(self.plans.video[sample]) // ((h // ph) * (w // pw)) * pt
-        return latents[:frames], text
+        return latents[:frames], text, example["text_embeds"] if self.text_width else None
 
 
 def _copy(patches, tokens):

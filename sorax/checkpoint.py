@@ -74,6 +74,10 @@ class Checkpoints:
         folder = os.path.join(self.path, str(step), name)
         return jax.tree_util.tree_map_with_path(lambda path, _: StoredArray(folder, path_string(path)), abstract), step
 
+    def info(self, step: int | None = None) -> dict:
+        """The info of a step (the latest by default). Raises UserError where there is no checkpoint."""
+        return self._manager.restore(self._step(step), args=ocp.args.Composite(info=ocp.args.JsonRestore()))["info"]
+
     def _step(self, step):
         step = self.latest_step() if step is None else step
         if step is None:

@@ -137,7 +137,9 @@ def _parse(argv):
     export.add_argument("--lora", choices=("merged", "adapter"), default="merged",
                         help="of a run with a LoRA: the whole pipeline with the LoRA in its weights, or the adapters "
                         "alone, for pipe.load_lora_weights or ComfyUI (default: %(default)s)")  # fmt: skip
+    export.add_argument("--license", default="other", help="of the model card, such as apache-2.0")
     export.add_argument("--max-shard-size", default="5GB", help="of a file of weights, such as 500MB (default: 5GB)")
+    _several(export)
 
     imported = verb(import_verb, "import", "make a run of open weights, to sample, train, evaluate and export")
     imported.add_argument("--from", required=True, dest="source",
@@ -166,11 +168,15 @@ def _parse(argv):
 def train_verb(arguments, overrides):
     from sorax import config, processes
     from sorax.objectives import complete
+    from sorax.runs import anchored
     from sorax.train import train
 
     processes.start(arguments.coordinator, arguments.processes, arguments.process)
     profile = _steps(arguments.profile) if arguments.profile else None
-    train(config.load_config(arguments.config, overrides, complete), arguments.workdir, profile=profile)
+    loaded = config.load_config(arguments.config, overrides, complete)
+    if os.path.dirname(os.path.abspath(arguments.config)) != os.path.abspath(arguments.workdir):
+        loaded = anchored(loaded, arguments.config)
+    train(loaded, arguments.workdir, profile=profile)
     print(f"run: {arguments.workdir}")
 
 
@@ -192,10 +198,11 @@ def encode_verb(arguments, overrides):
     from sorax import processes
     from sorax.dit_data import encode_experiment
     from sorax.objectives import complete
+    from sorax.runs import anchored
 
     processes.start(arguments.coordinator, arguments.processes, arguments.process)
     config = config_lib.load_config(arguments.config, overrides, complete)
-    encode_experiment(config, arguments.vae, arguments.out, num_shards=arguments.shards,
+    encode_experiment(anchored(config, arguments.config), arguments.vae, arguments.out, num_shards=arguments.shards,
                       tokenizer=arguments.tokenizer)  # fmt: skip
     print(f"latents: {arguments.out}, train with --config.data.path=shards:{arguments.out}")
 
@@ -334,16 +341,20 @@ def export_verb(arguments, _):
     size = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG])I?B?", arguments.max_shard_size.upper())
     if not size or not float(size[1]):
         raise UserError(f"--max-shard-size {arguments.max_shard_size!r} is no size: write for example 5GB")
+    from sorax import processes
+
+    processes.start(arguments.coordinator, arguments.processes, arguments.process)
     limit = int(float(size[1]) * {"K": 10**3, "M": 10**6, "G": 10**9}[size[2]])
     if arguments.lora == "adapter":
         _export_lora(arguments)
     else:
-        _export(arguments.workdir, arguments.out, arguments.format, arguments.dtype, arguments.weights, limit)
+        _export(arguments.workdir, arguments.out, arguments.format, arguments.dtype, arguments.weights, limit,
+                arguments.license)  # fmt: skip
     print(f"{arguments.format} folder: {arguments.out}")
 
 
 def _export_lora(arguments):
-    from sorax import lora
+    from sorax import lora, processes
     from sorax.export_lora import export_lora
     from sorax.runs import load_run
 
@@ -351,12 +362,15 @@ def _export_lora(arguments):
     if run.adapters is None:
         raise UserError(f"{arguments.workdir!r} has no trained LoRA: export it without --lora adapter, or train one, "
                         "with --config.lora.rank=16")  # fmt: skip
-    export_lora(run.adapters, lora.read(run.config), run.networks.dit_config, arguments.out, form=arguments.format,
-                dtype=arguments.dtype, metadata=run.metadata(arguments.weights))  # fmt: skip
+    metadata = run.metadata(arguments.weights) | dict(license=arguments.license)
+    if processes.is_first():
+        export_lora(run.adapters, lora.read(run.config), run.networks.dit_config, arguments.out, form=arguments.format,
+                    dtype=arguments.dtype, metadata=metadata)  # fmt: skip
+    processes.wait("export")
 
 
-def _export(workdir, out, form, dtype, weights, max_shard_bytes=5 * 10**9):
-    from sorax import export
+def _export(workdir, out, form, dtype, weights, max_shard_bytes=5 * 10**9, license="other"):
+    from sorax import export, processes
     from sorax.export_comfyui import export_comfyui
     from sorax.export_vae import export_vae_folder
     from sorax.runs import kind_of, load_run
@@ -365,13 +379,22 @@ def _export(workdir, out, form, dtype, weights, max_shard_bytes=5 * 10**9):
         if weights != "ema":
             raise UserError(f"{workdir!r} is a VAE, whose latent statistics are those of the EMA weights: export it "
                             "without --weights raw")  # fmt: skip
-        export_vae_folder(workdir, out, form=form, dtype=dtype, max_shard_bytes=max_shard_bytes)
+        export_vae_folder(workdir, out, license=license, form=form, dtype=dtype, max_shard_bytes=max_shard_bytes)
         return
     run = load_run(workdir, weights, stored=True)
     write = dict(diffusers=export.export_diffusers, safetensors=export.export_safetensors, comfyui=export_comfyui)[form]
-    how = run.sampling()
-    write(run.networks, run.tokenizer, out, shift=how["shift"], solver=how["solver"], dtype=dtype,
-          metadata=run.metadata(weights), max_shard_bytes=max_shard_bytes)  # fmt: skip
+    how, options = run.sampling(), {}
+    if form == "diffusers" and run.gives_frames:
+        patch_size = run.networks.dit_config.patch_size
+        options = dict(expand_timesteps=patch_size == export.IMAGE_PATCH)
+        if patch_size != export.IMAGE_PATCH:
+            print(f"without image-to-video: diffusers gives timesteps to patches of {export.IMAGE_PATCH}, those of "
+                  f"this run are {patch_size}")  # fmt: skip
+    metadata = run.metadata(weights) | dict(license=license)
+    if processes.is_first():  # the others have opened the checkpoint with it, and wait
+        write(run.networks, run.tokenizer, out, shift=how["shift"], solver=how["solver"], dtype=dtype,
+              metadata=metadata, max_shard_bytes=max_shard_bytes, **options)  # fmt: skip
+    processes.wait("export")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """`sorax plan`: what a training would take on TPUs that are not here."""
 
 import math
-import os
 import re
 
 from sorax.errors import UserError
@@ -33,14 +32,11 @@ def plan_verb(arguments, overrides):
     from sorax import config as config_lib
     from sorax import plan, plan_report, plan_search
     from sorax.objectives import complete
-    from sorax.runs import vae_folder
+    from sorax.runs import anchored
 
     if not 0 <= arguments.tokens < math.inf:
         raise UserError(f"--tokens is {arguments.tokens:g}: it is a number of tokens, such as 1e12")
-    config = config_lib.load_config(arguments.config, overrides, complete)
-    if arguments.config.endswith(".json") and config.get("kind") == "dit":  # of a run, whose VAE may be inside it
-        with config.unlocked():
-            config.vae.path = vae_folder(config, os.path.dirname(arguments.config))
+    config = anchored(config_lib.load_config(arguments.config, overrides, complete), arguments.config)
     place = topology.open_topology(arguments.topology, arguments.slices)
     names, video = _programs(arguments.programs), _video(arguments.video)
     if not arguments.search:

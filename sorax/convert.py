@@ -14,11 +14,11 @@ import numpy as np
 from sorax.dit import DiT, DiTConfig
 from sorax.errors import UserError
 from sorax.functional import abstract
-from sorax.read_weights import load, open_params, read_json, tensor_files
+from sorax.read_weights import SAME, load, open_params, read_json, tensor_files
 from sorax.text import TextConfig, TextEncoder
 from sorax.vae import VAE, VAEConfig
 
-SAME, MATRIX, ROW = "... -> ...", "i o -> o i", "n d -> 1 n d"
+MATRIX, ROW = "i o -> o i", "n d -> 1 n d"
 CONV_2D, CONV_3D = "1 h w i o -> o i h w", "t h w i o -> o i t h w"
 GAMMA_2D, GAMMA_3D = "c -> c 1 1", "c -> c 1 1 1"
 WEIGHTS = "diffusion_pytorch_model"  # stem of the weight files of a diffusers model
@@ -248,6 +248,10 @@ def open_diffusers(folder) -> Pipeline:
     index = read_json(folder / "model_index.json")
     kind, expand = index.get("_class_name"), bool(index.get("expand_timesteps"))
     if kind != "WanPipeline" and not (kind == "WanImageToVideoPipeline" and expand):
+        if kind == "WanImageToVideoPipeline":
+            raise UserError(f"{folder} is an image-to-video model that takes the image as more latent channels (in Wan "
+                            "2.1 through an image encoder too), which sorax does not have: use a text-to-video model, "
+                            "or Wan 2.2's TI2V, which is given the first frame itself")  # fmt: skip
         raise UserError(f"{folder}: a {kind} is not supported, only WanPipeline: choose a Wan text-to-video model")
     if (index.get("transformer_2") or [None])[0] or index.get("boundary_ratio") is not None:
         raise UserError(f"{folder}: two transformers (a mixture by noise level) are not supported: use Wan 2.1 or TI2V")

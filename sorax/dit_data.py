@@ -10,7 +10,8 @@ from sorax import processes
 from sorax.encode import Codec, encode_source, survey
 from sorax.errors import UserError
 from sorax.runlog import reporter
-from sorax.runs import open_vae, vae_folder
+from sorax.runs import open_vae, start_tokenizer, vae_folder
+from sorax.text_embeds import FrozenText
 
 LATENTS = "latents"  # folder of a run
 # Keys of a `data` section that say where its videos are: what the VAE takes from the DiT's if it names no path.
@@ -34,38 +35,41 @@ def prepare_vae(config, workdir: str):
     return open_vae(folder)
 
 
-def prepare_data(config, workdir: str, codec: Codec, vae_identity: str, tokenizer: str = ""):
+def prepare_data(config, workdir: str, codec: Codec, vae_identity: str):
     """(tokenizer, training examples, validation examples) of a DiT experiment, made in its run folder if need be.
 
     Training rows are the same whether the latents were encoded before (`data.path` "shards:FOLDER") or are encoded
     now, into `workdir/latents`.
-
-    Args:
-        tokenizer: folder of the one to use where config.data.tokenizer names none.
 
     Raises:
         UserError: the data cannot be used, or was encoded with another VAE or tokenizer.
     """
     out, paths = os.path.join(workdir, LATENTS), _paths(config.data)
     if not any(map(is_shards, paths)):
-        return _encode_splits(config, codec, vae_identity, out, workdir, replace=True, wanted=tokenizer)
+        return _encode_splits(config, codec, vae_identity, out, workdir, workdir, replace=True)
     tokenizer = _tokenizer_of_shards(shards_folder(paths[0]), workdir, config.text.vocab_size)
-    examples = _open_shards(config.data, vae_identity)
-    val_examples = _validation(config, codec, vae_identity, tokenizer, out, shards_folder(paths[0]), replace=True)
+    wanted = start_tokenizer(config, workdir)
+    if wanted not in ("", "bytes") and Tokenizer.load(wanted).identity != tokenizer.identity:
+        raise UserError(f"{paths[0]} was encoded with another tokenizer than that of {wanted}, which the text "
+                        f"encoder was trained with: encode it again with --tokenizer {wanted}")  # fmt: skip
+    text = FrozenText(config, workdir) if config.data.get("text_embeds") else None
+    examples = _open_shards(config.data, vae_identity, text)
+    val_examples = _validation(config, codec, vae_identity, tokenizer, out, shards_folder(paths[0]), text, replace=True)
     return tokenizer, examples, val_examples
 
 
-def _encode_splits(config, codec, vae_identity, out, folder, *, num_shards=0, replace=False, wanted=""):
+def _encode_splits(config, codec, vae_identity, out, folder, workdir, *, num_shards=0, replace=False):
     """As `prepare_data`, of videos, into the folder `out`; the tokenizer is kept in `folder`."""
+    text = FrozenText(config, workdir) if config.data.get("text_embeds") else None
     with processes.first_before_others("encode: data"):  # the index and the tokenizer are made once
         source = open_source(config.data, **grid(codec.config, config.model.patch_size), **_index_options(out))
         found = survey(source)
-        wanted = config.data.get("tokenizer") or wanted
+        wanted = start_tokenizer(config, workdir)
         tokenizer = prepare_tokenizer(found.captions, config.text.vocab_size, folder, wanted)
     examples = encode_source(codec, source, tokenizer, out, "train", vae_identity, found=found, replace=replace,
-                             num_shards=num_shards, origin=_origin(config.data),
+                             num_shards=num_shards, origin=_origin(config.data), text=text,
                              workers=config.data.get("workers", 0))  # fmt: skip
-    return tokenizer, examples, _validation(config, codec, vae_identity, tokenizer, out, out, replace=replace)
+    return tokenizer, examples, _validation(config, codec, vae_identity, tokenizer, out, out, text, replace=replace)
 
 
 def encode_experiment(config, vae_run: str, out: str, *, num_shards: int = 0, tokenizer: str = "") -> None:
@@ -92,7 +96,7 @@ def encode_experiment(config, vae_run: str, out: str, *, num_shards: int = 0, to
         config = config.copy_and_resolve_references()
         with config.data.unlocked():
             config.data.tokenizer = tokenizer
-    _encode_splits(config, Codec(vae_config, vae_params), vae_identity, out, out, num_shards=num_shards)
+    _encode_splits(config, Codec(vae_config, vae_params), vae_identity, out, out, "", num_shards=num_shards)
 
 
 def grid(vae_config, patch_size) -> dict:
@@ -145,11 +149,11 @@ def prepare_tokenizer(captions, vocab_size: int, folder: str, wanted: str = "") 
     return tokenizer
 
 
-def _validation(config, codec, vae_identity, tokenizer, out, train_folder, *, replace):
+def _validation(config, codec, vae_identity, tokenizer, out, train_folder, text, *, replace):
     """Latents that validation looks at: of `val_path`, of the training data's own second part, or its first samples."""
     data, most = config.data, config.data.get("val_samples", 64)
     if is_shards(data.get("val_path")):
-        examples = open_split(shards_folder(data.val_path), ("val", "train"), vae_identity, first=most)
+        examples = open_split(shards_folder(data.val_path), ("val", "train"), vae_identity, text, first=most)
         if examples.metadata["tokenizer"] != tokenizer.identity:
             raise UserError(f"{data.val_path} was encoded with another tokenizer than the training data: encode it "
                             "again with --tokenizer")  # fmt: skip
@@ -160,8 +164,8 @@ def _validation(config, codec, vae_identity, tokenizer, out, train_folder, *, re
         with processes.first_before_others("encode val: data"):
             source = held_out_source(data, num_samples=most, **limits, **_index_options(out))
         return encode_source(codec, First(source, most), tokenizer, out, "val", vae_identity, replace=replace,
-                             origin=_origin(data), title="encode val")  # fmt: skip
-    return open_split(train_folder, ("val", "train"), vae_identity, first=most)
+                             origin=_origin(data), title="encode val", text=text)  # fmt: skip
+    return open_split(train_folder, ("val", "train"), vae_identity, text, first=most)
 
 
 class First:
@@ -180,16 +184,16 @@ class First:
         return self.source[i]
 
 
-def _open_shards(data, vae_identity):
+def _open_shards(data, vae_identity, text):
     """Examples of `data.path`, or of all parts of `data.mixture`, which are latent shards."""
     if not data.get("mixture"):
-        return open_split(shards_folder(data.path), ("train",), vae_identity)
+        return open_split(shards_folder(data.path), ("train",), vae_identity, text)
     sections, weights = part_sections(data)
     if not all(is_shards(section["path"]) for section in sections):
         raise UserError("config.data.mixture has latent shards beside videos: encode the videos too, with --tokenizer, "
                         "or mix the videos alone")  # fmt: skip
     folders = [shards_folder(section["path"]) for section in sections]
-    parts = [open_split(folder, ("train",), vae_identity) for folder in folders]
+    parts = [open_split(folder, ("train",), vae_identity, text) for folder in folders]
     for part, folder in zip(parts, folders):
         if part.metadata["tokenizer"] != parts[0].metadata["tokenizer"]:
             raise UserError(f"{folder} was encoded with another tokenizer than {folders[0]}: encode it again with "
@@ -197,14 +201,24 @@ def _open_shards(data, vae_identity):
     return MixtureExamples(parts, weights)
 
 
-def open_split(folder, names, vae_identity, first=None) -> LatentShards:
-    """The first of several splits that a folder of shards has. Raises UserError if they are of another VAE."""
+def open_split(folder, names, vae_identity, text=None, first=None) -> LatentShards:
+    """The first of several splits that a folder of shards has, with embeddings of its captions if there is a `text`
+    encoder that they are of. Raises UserError if they are of another VAE or text encoder."""
     split = next((name for name in names if os.path.exists(os.path.join(folder, f"{name}.json"))), names[-1])
-    there = read_manifest(folder, split)["metadata"]["vae"]["identity"]
+    metadata = read_manifest(folder, split)["metadata"]
+    there = metadata["vae"]["identity"]
     if there != vae_identity:
         raise UserError(f"{folder} holds latents of the VAE {there}, but config.vae is {vae_identity}: set "
                         "config.vae.path to the run they were encoded with, or encode again")  # fmt: skip
-    return LatentShards(folder, split, first=first)
+    if text is not None:
+        there = metadata.get("text", {}).get("identity")
+        if there is None:
+            raise UserError(f"{folder} holds no embeddings of captions, which config.data.text_embeds asks for: encode "
+                            "it again with --config.data.text_embeds=true, or leave that out")  # fmt: skip
+        if there != text.identity:
+            raise UserError(f"{folder} holds embeddings of the text encoder {there}, but that of config.init is "
+                            f"{text.identity}: set config.init to what they were encoded with, or encode again")
+    return LatentShards(folder, split, first=first, text_embeds=text is not None)
 
 
 def _tokenizer_of_shards(folder, workdir, vocab_size):

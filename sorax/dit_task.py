@@ -18,7 +18,7 @@ from sorax.attention import attention
 from sorax.dit import DiT, DiTConfig
 from sorax.errors import UserError
 from sorax.optim import OptimConfig
-from sorax.text import TextConfig, TextEncoder, drop_captions, slot_bias
+from sorax.text import TextConfig, TextEncoder, drop_captions, drop_embeds, slot_bias
 from sorax.vae import VAEConfig
 
 SIGMA_BINS = 4
@@ -57,7 +57,9 @@ class DiTTask:
     init: key -> params of what is trained: dict(dit=, text=) or one of them, or dict(lora=).
     loss: (params, batch, key, step, constants) -> {name: (sum, weight)}, as an `Objective` has it.
     validation: (params, batch, sigma, key, constants) -> (summed error, tokens) at one noise level, nothing given.
-    frozen: shapes, types and places of the networks that are not trained, the `constants` of the loss.
+    frozen: shapes, types and places of the networks that are not trained.
+    constants: likewise of what the loss takes: `frozen` or, where captions were embedded before, the embedding of the
+        empty one, "empty_caption", in place of the text encoder.
     networks: params | constants -> dict(dit=, text=), the DiT's for `dit_graph`, its graph definition: with a LoRA
         both have its adapters.
     batch_shapes: shapes and types of the arrays of a step's batch, of all processes together.
@@ -74,6 +76,7 @@ class DiTTask:
     optims: dict[str, OptimConfig]
     lr_factor: Callable | None
     frozen: dict
+    constants: dict
     networks: Callable
     dit_graph: Any
     routing: dict[str, Any]
@@ -105,7 +108,7 @@ def mesh_options(mesh) -> dict:
 
 
 def dit_task(config, data, settings, mesh) -> DiTTask:
-    """Rectified flow over packed latent rows, with the text encoder trained along.
+    """Rectified flow over packed latent rows, with the text encoder trained along, kept as it is, or left out.
 
     Args:
         config: of a DiT experiment. data: its `DataConfig`. settings: its `TrainConfig`.
@@ -137,6 +140,10 @@ def dit_task(config, data, settings, mesh) -> DiTTask:
         raise UserError(f"config.{key} keeps the weights of {' and '.join(kept)}, but config.init names none: set it "
                         "to a WanPipeline folder or a run")  # fmt: skip
 
+    if data.text_embeds and "text" not in kept:
+        raise UserError("config.data.text_embeds keeps what the text encoder says of captions, so it cannot be "
+                        "trained: set config.train.freeze to ('text',) and config.init to its weights")  # fmt: skip
+
     def init(key):
         if lora.rank:
             return dict(lora=lora_lib.init(adapters, key))
@@ -147,18 +154,31 @@ def dit_task(config, data, settings, mesh) -> DiTTask:
     frozen = {name: functional.abstract(*networks[name])[1] for name in kept}
     frozen = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), frozen,
                           sharding.shardings_for(frozen, mesh))  # fmt: skip
+    constants = dict(frozen)
+    if data.text_embeds:
+        del constants["text"]
+        place = sharding.replicated(mesh)
+        constants["empty_caption"] = jax.ShapeDtypeStruct((text_model.width,), dtype, sharding=place)
+
+    def text_of(params, batch, text_tokens):
+        """[B, M, D] of captions, some of which were dropped since the batch was made."""
+        if not data.text_embeds:
+            return nnx.merge(text_graph, params["text"])(text_tokens, batch["text_segment_ids"])
+        embeds = jax.lax.bitcast_convert_type(batch["text_embeds"], jnp.bfloat16).astype(dtype)
+        return drop_embeds(embeds, batch["text_tokens"], text_tokens, params["empty_caption"])
 
     def join(params):
         if not lora.rank:
             return params
         # The frozen kernels have the dtype that is computed in, and its adapters get it.
-        return dict(text=params["text"], dit=lora_lib.join(params["dit"], functional.cast(params["lora"], dtype)))
+        rest = {name: x for name, x in params.items() if name != "lora"}
+        return rest | dict(dit=lora_lib.join(params["dit"], functional.cast(params["lora"], dtype)))
 
     def velocity_error(params, batch, text_tokens, given, levels, noise_key, route=None):
         params = functional.cast(join(params), dtype)
         ids, text_ids = batch["segment_ids"], batch["text_segment_ids"]
         noisy, target, level_index = flow.noise_rows(noise_key, batch["tokens"], given, ids, levels)
-        text = nnx.merge(text_graph, params["text"])(text_tokens, text_ids)
+        text = text_of(params, batch, text_tokens)
         velocity = nnx.merge(dit_graph, params["dit"])(
             noisy.astype(dtype), batch["positions"], ids, levels, level_index, text, text_ids,
             slot_bias(text_tokens, text_ids, S), route=route, route_layers=flow_config.skip_layers, **run_options,
@@ -204,15 +224,17 @@ def dit_task(config, data, settings, mesh) -> DiTTask:
 
     return DiTTask(
         model=model, text_model=text_model, flow=flow_config, init=init, loss=loss, validation=validation,
-        batch_shapes=row_shapes(data.batch, data.row_tokens, data.row_text, model.patch_dim),
+        batch_shapes=row_shapes(data.batch, data.row_tokens, data.row_text, model.patch_dim,
+                                text_model.width if data.text_embeds else 0),
         optims={"": config_lib.build(OptimConfig, config.optim, "optim")}, lr_factor=mup.lr_factor(model),
-        frozen=frozen, networks=join, dit_graph=dit_graph,
+        frozen=frozen, constants=constants, networks=join, dit_graph=dit_graph,
         routing=dict(share=flow_config.skip_share, route_layers=flow_config.skip_layers),
     )  # fmt: skip
 
 
-def row_shapes(B: int, N: int, M: int, P: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and types of a batch of packed rows, as `data_pipelines.rows` makes them."""
+def row_shapes(B: int, N: int, M: int, P: int, D: int = 0) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and types of a batch of packed rows, as `data_pipelines.rows` makes them; D: of embeddings of captions."""
     fields = dict(tokens=(N, P), positions=(N, 3), segment_ids=(N,), text_tokens=(M,), text_segment_ids=(M,))
-    types = dict.fromkeys(fields, jnp.int32) | dict(tokens=jnp.float32)
+    fields |= dict(text_embeds=(M, D)) if D else {}
+    types = dict.fromkeys(fields, jnp.int32) | dict(tokens=jnp.float32, text_embeds=jnp.uint16)
     return {name: jax.ShapeDtypeStruct((B, *shape), types[name]) for name, shape in fields.items()}

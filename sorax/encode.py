@@ -245,6 +245,7 @@ def encode_source(
     origin=None,
     workers: int = 0,
     title: str = "encode",
+    text=None,
 ) -> LatentShards:
     """The samples of a source as latent shards, a split of the data set in `folder`; written if they are not there.
 
@@ -259,6 +260,7 @@ def encode_source(
         replace: delete what the folder holds of other data or of another VAE, in place of an error.
         origin: JSON value kept with the split: the `data` section that the source was opened from.
         workers: processes that read the source; 0 for threads.
+        text: `text_embeds.FrozenText` that embeds the captions, to be kept too; None to keep their tokens alone.
 
     Raises:
         UserError: a sample cannot be read, its caption is too long, the folder holds another data set, or it cannot be
@@ -268,10 +270,12 @@ def encode_source(
     _check_captions(source, found, tokenizer)
     config, count = codec.config, len(source)
     shapes = _latent_shapes(config, source, found.shapes)
+    # A token is some three bytes of a caption.
+    texts = 2 * found.caption_bytes + (2 * text.config.width * (found.caption_bytes // 3 + 1) if text else 0)
     num_shards = num_shards or latent_writer.choose_shards(
-        latent_writer.sample_bytes(shapes, config.latent_channels, 2 * found.caption_bytes)
+        latent_writer.sample_bytes(shapes, config.latent_channels, texts)
     )
-    parts = found.identity, vae_identity, tokenizer.identity
+    parts = found.identity, vae_identity, tokenizer.identity, *([text.identity] if text else [])
     vae = dict(identity=vae_identity, config=dataclasses.asdict(config)) | {
         name: np.asarray(codec.params[name], np.float64).tolist() for name in ("latents_mean", "latents_std")
     }
@@ -279,23 +283,25 @@ def encode_source(
     writer = latent_writer.LatentWriter(
         folder, split, identity=hashlib.sha256(repr(parts).encode()).hexdigest()[:16], count=count,
         num_shards=min(num_shards, count), channels=config.latent_channels, source=origin,
-        metadata=dict(vae=vae, tokenizer=tokenizer.identity),
+        metadata=dict(vae=vae, tokenizer=tokenizer.identity) | (dict(text=text.metadata) if text else {}),
     )  # fmt: skip
     if not writer.is_finished():
-        first = jax.process_index() == 0
+        first, embed = jax.process_index() == 0, text.embedder() if text else None
         if first:
             writer.prepare(replace=replace)
             tokenizer.save(folder)
+            if embed:
+                embed.save_empty(folder)
         processes.wait(f"{title}: prepared")
-        _write_shards(codec, source, tokenizer, writer, found.shapes, workers, title)
+        _write_shards(codec, source, tokenizer, embed, writer, found.shapes, workers, title)
         processes.wait(f"{title}: written")
         if first:
             writer.finish()
         processes.wait(f"{title}: finished")
-    return LatentShards(folder, split)
+    return LatentShards(folder, split, text_embeds=text is not None)
 
 
-def _write_shards(codec, source, tokenizer, writer, shapes, workers, title):
+def _write_shards(codec, source, tokenizer, embed, writer, shapes, workers, title):
     """Writes this process's shards, one after the other; holds the latents of one at a time."""
     shards = writer.pending(jax.process_index(), jax.process_count())
     weights = getattr(source, "weights", None)
@@ -314,13 +320,15 @@ def _write_shards(codec, source, tokenizer, writer, shapes, workers, title):
         for shard, order in zip(shards, orders):
             records = {}
             for batch in _posteriors(codec, zip(order.tolist(), samples)):
-                for i, sample, (mean, logvar) in batch:
-                    key, caption = sample["key"], sample["caption"]
+                tokens = [tokenizer.encode(sample["caption"], sample["key"]) for _, sample, _ in batch]
+                texts = [dict(text_tokens=ids) for ids in tokens]
+                if embed:
+                    texts = [text | dict(text_embeds=embeds) for text, embeds in zip(texts, embed(tokens))]
+                for (i, sample, (mean, logvar)), text in zip(batch, texts):
                     T, H, W, _ = sample["video_shape"]
                     records[i] = dict(
-                        key=key, caption=caption, text_tokens=tokenizer.encode(caption, key), mean=mean, logvar=logvar,
-                        num_frames=T, height=H, width=W, fps=sample["fps"],
-                        weight=1.0 if weights is None else float(weights[i]),
+                        key=sample["key"], caption=sample["caption"], mean=mean, logvar=logvar, num_frames=T, height=H,
+                        width=W, fps=sample["fps"], weight=1.0 if weights is None else float(weights[i]), **text,
                     )  # fmt: skip
                 done += len(batch)
                 progress.advance(done)

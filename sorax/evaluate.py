@@ -13,6 +13,7 @@ same architecture untrained. A report folder holds
 """
 
 import collections
+import dataclasses
 import os
 import time
 
@@ -24,7 +25,7 @@ from sorax import config as config_lib
 from sorax import functional, media
 from sorax.dit import DiT
 from sorax.errors import UserError
-from sorax.evaluate_vae import evaluate_vae, fidelity
+from sorax.evaluate_vae import data_section, evaluate_vae, fidelity
 from sorax.evaluate_vae import summary_lines as vae_lines
 from sorax.generate import Request
 from sorax.held_out import SPLITS, load_splits
@@ -49,7 +50,8 @@ def evaluate_folder(
 
     Args:
         weights: "ema" or "raw", of the text-to-video model.
-        data, overrides, lpips: of the VAE, see `evaluate_vae`.
+        data, overrides, lpips: of the VAE, see `evaluate_vae`; the first two also of imported weights, which have no
+            data of their own.
         settings: what else `evaluate_run` takes.
 
     Raises:
@@ -57,10 +59,20 @@ def evaluate_folder(
     """
     if kind_of(path) != "dit":
         return evaluate_vae(path, out, num_clips=num_clips, data=data, overrides=overrides, lpips=lpips)
-    if data or overrides or lpips:
+    run = load_run(path, weights)
+    own = run.config.data.get("path") or run.config.data.get("mixture")
+    if lpips or (own and (data or overrides)):
         raise UserError(f"{path!r} is a text-to-video run, which is scored on its own data and without LPIPS: --data "
                         "and --lpips are for a VAE, name its folder with --run")  # fmt: skip
-    return evaluate_run(load_run(path, weights), out, num_clips=num_clips, **settings)
+    if not own:
+        if not data:
+            raise UserError(f"{path!r} has imported weights and no data to score them on: add --data FOLDER of videos "
+                            "(its VAE is scored), or --data world (prompts too)")  # fmt: skip
+        config = run.config.copy_and_resolve_references()
+        with config.unlocked():
+            config.data = data_section(config.data, data, overrides, path)
+        run = dataclasses.replace(run, config=config)
+    return evaluate_run(run, out, num_clips=num_clips, **settings)
 
 
 def evaluate_run(

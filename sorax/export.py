@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import shutil
+import subprocess
 import tempfile
 
 import jax
@@ -33,6 +34,7 @@ from sorax.text import TextConfig
 from sorax.vae import VAEConfig
 
 DIFFUSERS_VERSION = "0.35.0"  # the oldest that the folder is meant for
+IMAGE_PATCH = (1, 2, 2)  # of models that diffusers' WanImageToVideoPipeline gives a timestep per token
 
 
 def export_diffusers(
@@ -50,9 +52,11 @@ def export_diffusers(
         shift, solver: of sampling, see `sorax.sampler.make_solver`.
         dtype: "f32" or "bf16", of the weights; "auto": as they were read from a file, f32 where they were trained.
         metadata: for the model card and provenance.json, all optional: name, license, step, weights ("ema", "raw"),
-            config (the experiment's), data (a sentence), scores (flat dict), hardware, and sample: a dict of prompt,
-            height, width, num_frames, fps, num_steps, guidance_scale that is a good first call.
-        expand_timesteps: the pipeline gives a timestep per token, 0 on given frames.
+            config (the experiment's), data (a sentence), data_plan (identity of the rows), given_frames (whether it was
+            trained with them), scores (flat dict), hardware, and sample: a dict of prompt, height, width, num_frames,
+            fps, num_steps, guidance_scale that is a good first call.
+        expand_timesteps: the pipeline gives a timestep per token, 0 on given frames: the folder then loads as a
+            `WanImageToVideoPipeline` too.
         max_shard_bytes: weights are split into files of at most this size.
 
     Returns:
@@ -84,7 +88,8 @@ def export_diffusers(
         write_json(folder / "scheduler" / "scheduler_config.json", scheduler_json(solver, shift))
         write_json(folder / "model_index.json", index_json(networks.text_config, tokenizer, solver, expand_timesteps))
         write_provenance(folder, metadata, "diffusers", dtype, tensors)
-        (folder / "README.md").write_text(model_card(networks, metadata, "diffusers", dtype, out_dir))
+        card = model_card(networks, metadata, "diffusers", dtype, out_dir, expand_timesteps)
+        (folder / "README.md").write_text(card)
     return pathlib.Path(out_dir)
 
 
@@ -123,8 +128,8 @@ def check_fits_diffusers(networks: Networks, expand_timesteps: bool = False):
         problems.append(f"a text encoder of width {text.width} into a transformer of text_dim {dit.text_dim}")
     if dit.patch_size[0] != 1:
         problems.append(f"patch_size {dit.patch_size}: its pipeline takes one latent frame a patch")
-    if expand_timesteps and dit.patch_size[1:] != (2, 2):
-        problems.append(f"a timestep per token with patch_size {dit.patch_size}: its pipeline takes (1, 2, 2)")
+    if expand_timesteps and dit.patch_size != IMAGE_PATCH:
+        problems.append(f"a timestep per token with patch_size {dit.patch_size}: its pipeline takes {IMAGE_PATCH}")
     if problems:
         raise UserError(f"diffusers' WanPipeline has no form for {'; nor for '.join(problems)}: "
                         "export with --format safetensors")  # fmt: skip
@@ -224,12 +229,12 @@ CARD = """---
 license: {license}
 library_name: diffusers
 pipeline_tag: text-to-video
-tags: [text-to-video, wan, sorax, jax, flax]
+tags: [{tags}, wan, sorax, jax, flax]
 ---
 
 # {name}
 
-A text-to-video diffusion transformer trained with sorax (JAX and Flax), with the architecture of Wan 2.x.
+A text-to-video diffusion transformer with the architecture of Wan 2.x, written by sorax (JAX and Flax).
 
 | network | parameters |
 |---|---|
@@ -237,7 +242,7 @@ A text-to-video diffusion transformer trained with sorax (JAX and Flax), with th
 | video VAE | {vae:,} |
 | text encoder | {text:,} |
 
-Here: {weights} weights after {step} training steps, stored as {dtype}.
+Here: {which}, stored {dtype}.
 
 ## Run it
 
@@ -266,6 +271,26 @@ frames = pipe(
 export_to_video(frames, "out.mp4", fps={fps})
 ```"""
 
+RUN_IMAGE = """
+
+From a first frame, with the same files:
+
+```python
+from diffusers import WanImageToVideoPipeline
+from diffusers.utils import load_image
+
+pipe = WanImageToVideoPipeline.from_pretrained("path/to/this/folder")
+frames = pipe(
+    load_image("first_frame.png").resize(({width}, {height})), {prompt}, height={height}, width={width},
+    num_frames={num_frames}, num_inference_steps={num_steps}, guidance_scale={guidance_scale},
+).frames[0]
+```"""
+
+NO_IMAGE = f"""
+
+It was trained with given frames too, which diffusers cannot run: its pipeline gives timesteps to patches of
+{IMAGE_PATCH}, and those of this model are {{patch_size}}. sorax runs them (`sorax.generate.given_frames`)."""
+
 RUN_SAFETENSORS = """The tensors carry sorax's own parameter paths (layers stacked, channels last): one folder a
 network, with its hyper-parameters in `config.json`, and `tokenizer.json` for the captions."""
 
@@ -274,19 +299,22 @@ SAMPLE = dict(
 )
 
 
-def model_card(networks: Networks, metadata: dict, fmt: str, dtype: str, out_dir) -> str:
+def model_card(networks: Networks, metadata: dict, fmt: str, dtype: str, out_dir, from_image: bool = False) -> str:
     """README.md: front matter, what it is, how to run it, what it was trained on and how it scored."""
     sample = SAMPLE | (metadata.get("sample") or {})
+    weights, step = metadata.get("weights") or "raw", metadata.get("step", "an unstated number of")
     run = RUN_SAFETENSORS
     if fmt == "diffusers":
-        run = RUN_DIFFUSERS.format(**sample | {"prompt": json.dumps(sample["prompt"], ensure_ascii=False)})
+        run = RUN_DIFFUSERS + (RUN_IMAGE if from_image else NO_IMAGE if metadata.get("given_frames") else "")
+        prompt = json.dumps(sample["prompt"], ensure_ascii=False)
+        run = run.format(**sample | {"prompt": prompt}, patch_size=networks.dit_config.patch_size)
     return CARD.format(
         license=metadata.get("license") or "other",
         name=metadata.get("name") or pathlib.Path(out_dir).resolve().name,
         **{part: sum(x.size for x in jax.tree.leaves(getattr(networks, part))) for part in ("dit", "vae", "text")},
-        weights=metadata.get("weights") or "raw",
-        step=metadata.get("step", "an unstated number of"),
-        dtype=stored_as((networks.vae, networks.dit, networks.text), dtype),
+        which=f"{weights} weights after {step} training steps" if step else "weights as they were imported",
+        tags="text-to-video, image-to-video" if from_image else "text-to-video",
+        dtype=f"in {stored_as((networks.vae, networks.dit, networks.text), dtype)}",
         run=run,
         data=metadata.get("data") or "Not stated.",
         scores=score_table(metadata),
@@ -302,11 +330,20 @@ def score_table(metadata: dict) -> str:
 
 
 def code_version() -> str:
-    """Version of sorax that is running."""
+    """Version of sorax that is running; from a git checkout its commit too, and whether that was changed."""
     try:
-        return importlib.metadata.version("sorax")
+        version = importlib.metadata.version("sorax")
     except importlib.metadata.PackageNotFoundError:
-        return "unknown"
+        version = "unknown"
+    root = pathlib.Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return version
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # no git, or a checkout that it does not read
+        return version
+    return f"{version}+{commit}"
 
 
 def _theirs(fields, config) -> dict:

@@ -61,7 +61,8 @@ def export_comfyui(
         for part, (where, stem, *what) in parts.items():
             tensors[part] = write_model(folder / where, stem, *what, dtype, float("inf"))
         tokenizer.save(folder / "tokenizer")
-        export.write_provenance(folder, metadata, "comfyui", dtype, tensors)
+        how = {"sampling": dict(solver=solver, shift=shift)}  # which single files have no place for
+        export.write_provenance(folder, metadata | how, "comfyui", dtype, tensors)
         step = f"After {metadata['step']} training steps. " if "step" in metadata else ""
         stored = stored_as((networks.vae, networks.dit, networks.text), dtype)
         (folder / "README.md").write_text(CARD.format(

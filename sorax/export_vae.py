@@ -5,7 +5,7 @@ import os
 import pathlib
 
 from sorax import config as config_lib
-from sorax import convert, export
+from sorax import convert, export, processes
 from sorax.errors import UserError
 from sorax.export_weights import MAX_SHARD_BYTES, stored_as, write_model
 from sorax.functional import count
@@ -57,17 +57,23 @@ USE_SAFETENSORS = """The tensors of `vae.safetensors` carry sorax's own paramete
 holds the hyper-parameters."""
 
 
-def export_vae_folder(path: str, out_dir, **settings) -> pathlib.Path:
-    """Exports the VAE that a folder holds, a finished run or what else `open_vae` takes; settings as `export_vae`'s."""
+def export_vae_folder(path: str, out_dir, *, license: str = "other", **settings) -> pathlib.Path:
+    """Exports the VAE that a folder holds, a finished run or what else `open_vae` takes; settings as `export_vae`'s.
+
+    Of several processes, which all call it, the first one writes.
+    """
     identity = open_vae(path)[2]
     vae_config, params = stored_vae(path)
-    metadata = dict(name=os.path.basename(os.path.abspath(path)), identity=identity)
+    metadata = dict(name=os.path.basename(os.path.abspath(path)), identity=identity, license=license)
     if kind_of(path) == "vae":
         config = config_lib.read_config(path)
         step = config.train.steps
         metadata |= dict(step=step, weights="ema", config=config.to_dict(), data=f"data.path = {config.data.path!r}",
                          scores=_scores(path, step))  # fmt: skip
-    return export_vae(vae_config, params, out_dir, metadata=metadata, **settings)
+    if processes.is_first():
+        export_vae(vae_config, params, out_dir, metadata=metadata, **settings)
+    processes.wait("export VAE")
+    return pathlib.Path(out_dir)
 
 
 def export_vae(

@@ -1,4 +1,5 @@
-"""Parameters -> safetensors files, piece by piece: no more than one layer of one parameter is in memory at a time."""
+"""Parameters -> safetensors files, piece by piece: in memory is a layer of one parameter at a time, or a block of one
+that has no layers (`read_weights.blocks`)."""
 
 import hashlib
 import json
@@ -107,17 +108,15 @@ _layer = jax.jit(lambda x, i: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
 
 
 def _pieces(name: convert.Name, leaf):
-    """The parts of a tensor one after another: layers where a parameter is written with all of them."""
+    """The parts of a tensor one after another: what is written as it lies in blocks, the rest whole."""
     if name.layer is not None:
-        layers = [name.layer]
-    elif name.pattern == convert.SAME and len(leaf.shape) > 1:
-        layers = range(leaf.shape[0])
+        parts = [_layer(leaf, name.layer) if isinstance(leaf, jax.Array) else leaf[name.layer]]
+    elif name.pattern == convert.SAME:
+        parts = read_weights.blocks(leaf)
     else:
-        layers = [None]
-    for i in layers:
-        value = leaf if i is None else _layer(leaf, i) if isinstance(leaf, jax.Array) else leaf[i]
-        value = np.asarray(value)
-        if not np.isfinite(value.astype(np.float32)).all():
+        parts = [leaf]
+    for value in map(np.asarray, parts):
+        if not isinstance(leaf, read_weights.StoredParam) and not read_weights.is_finite(value):  # that is checked
             raise UserError(f"parameter {name.ours} holds NaN or infinite values: export an earlier checkpoint")
         yield name.to_theirs(value)
 

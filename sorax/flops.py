@@ -101,9 +101,9 @@ def _products(jaxpr) -> float:
     return total
 
 
-def rows_work(dit: DiTConfig, text: TextConfig, batch, **options) -> dict:
+def rows_work(dit: DiTConfig, text: TextConfig | None, batch, **options) -> dict:
     """Host-side counts of this process's packed rows (numpy) of a step: samples, tokens (places of the rows),
-    useful_tokens (those that hold a sample's) and model_flops of training. options: those of `train_rows`."""
+    useful_tokens (those that hold a sample's) and model_flops of training. text, options: those of `train_rows`."""
     lengths, text_lengths = [], []
     for ids, text_ids in zip(batch["segment_ids"], batch["text_segment_ids"]):
         counts, text_counts = np.bincount(ids)[1:], np.bincount(text_ids)[1:]
@@ -114,17 +114,20 @@ def rows_work(dit: DiTConfig, text: TextConfig, batch, **options) -> dict:
                 model_flops=work)  # fmt: skip
 
 
-def train_rows(dit: DiTConfig, text: TextConfig, lengths, text_lengths, rows: int, *, frozen=(), **routing) -> float:
+def train_rows(
+    dit: DiTConfig, text: TextConfig | None, lengths, text_lengths, rows: int, *, frozen=(), **routing
+) -> float:
     """Operations of a training step (forward and backward) on samples packed in so many rows, all samples together.
 
     A row has a noise level a sample, and the clean one. routing: that of `dit_forward`.
 
     Args:
+        text: None where captions were embedded before.
         frozen: networks that are not trained. A text encoder then has no backward pass, and the affine layers of a DiT
             no gradients of kernels; those of the adapters of a LoRA, a hundredth of the work or less, are not counted.
     """
     forward = dit_forward(dit, lengths, text_lengths, levels=len(lengths) + rows, **routing)
-    work = 3 * forward + (1 if "text" in frozen else 3) * text_forward(text, text_lengths)
+    work = 3 * forward + ((1 if "text" in frozen else 3) * text_forward(text, text_lengths) if text else 0)
     return work - ((forward - dit_attention(dit, lengths, text_lengths, **routing)) if "dit" in frozen else 0)
 
 

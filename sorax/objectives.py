@@ -11,7 +11,6 @@ import numpy as np
 from data_pipelines.loader import make_loader
 from data_pipelines.packing import token_costs
 from data_pipelines.rows import RowSource
-from data_pipelines.text_tokens import Tokenizer
 from sorax import config as config_lib
 from sorax import flops, media, processes, read_weights, sharding
 from sorax import lora as lora_lib
@@ -22,7 +21,7 @@ from sorax.encode import Codec
 from sorax.errors import UserError
 from sorax.generate import Generator, Request
 from sorax.optim import OptimConfig
-from sorax.runs import start_adapters, start_params, start_tokenizer
+from sorax.runs import start_adapters, start_params
 
 VALIDATION_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
@@ -100,6 +99,7 @@ class DataConfig:
     val_samples: int = 64
     ranks: int = 0  # shares of a batch that have equal cost; 0: as many as the mesh has when the run starts
     tokenizer: str = ""  # folder with one, or "bytes" (ByT5's); "": BPE, trained on the captions
+    text_embeds: bool = False  # keep captions' embeddings beside the latents, and train without the frozen text encoder
     posterior: str = "mean"  # of latents: "mean", or "sample" for a new draw each time that a sample comes
 
 
@@ -225,11 +225,7 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
     vae_config, vae_params, vae_identity = prepare_vae(config, workdir)
     check_networks(model, text_model, vae_config)
     codec = Codec(vae_config, vae_params)
-    wanted = start_tokenizer(config, workdir) if "text" in task.frozen else ""
-    tokenizer, examples, val_examples = prepare_data(config, workdir, codec, vae_identity, wanted)
-    if wanted and tokenizer.identity != Tokenizer.load(wanted).identity:
-        raise UserError(f"the text encoder is kept as it is, but its tokenizer (in {wanted}) is not that of the data: "
-                        "set config.data.tokenizer to it, or encode the latents with it")  # fmt: skip
+    tokenizer, examples, val_examples = prepare_data(config, workdir, codec, vae_identity)
     cost_a, cost_b = token_costs(model.width, model.ffn_dim)
     row_options = dict(row_tokens=data.row_tokens, row_text=data.row_text, max_segments=data.max_segments,
                        patch_size=model.patch_size, batch_size=data.batch, ranks=ranks,
@@ -239,7 +235,11 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
     val_rows = RowSource(val_examples, seed=0, **row_options)
 
     # --- What is read: networks that start from other weights, and those that keep them
-    constants = start_params(config, workdir, task.frozen, places=task.frozen) if task.frozen else {}
+    kept = task.frozen.keys() & task.constants.keys()
+    constants = start_params(config, workdir, kept, places=task.frozen) if kept else {}
+    if data.text_embeds:
+        empty = task.constants["empty_caption"]
+        constants["empty_caption"] = jax.device_put(examples.empty_caption.astype(empty.dtype), empty.sharding)
 
     def start(params):
         if not config.get("init"):
@@ -257,6 +257,8 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
             metrics[f"val_loss_sigma_{sigma:g}"] = float(total / count)
         metrics["val_loss"] = float(np.mean(list(metrics.values())))
         networks = task.networks(params | constants)
+        if data.text_embeds:  # prompts need the encoder: it is here for as long as they are sampled
+            networks |= start_params(config, workdir, ["text"], places=task.frozen)
         generator = Generator(model, networks["dit"], text_model, networks["text"], tokenizer, codec, mesh,
                               dit_graph=task.dit_graph)  # fmt: skip
         some = range(min(evaluation.num_videos, len(val_examples)))
@@ -275,7 +277,8 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
         init=task.init,
         loss=task.loss,
         batches=lambda step: make_loader(rows, start_step=step, num_workers=data.workers, **loader_options(mesh)),
-        work=lambda batch: flops.rows_work(model, text_model, batch, frozen=tuple(task.frozen), **task.routing),
+        work=lambda batch: flops.rows_work(model, None if data.text_embeds else text_model, batch,
+                                           frozen=tuple(task.frozen), **task.routing),
         evaluate=evaluate,
         start=start,
         constants=constants,

@@ -115,8 +115,8 @@ def train_program(recipe, task, mesh, topology, rows) -> Program:
     place = sharding.batch_sharding(mesh)
     batch = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for k, x in task.batch_shapes.items()}
     program = compiled_step(task, tx, recipe.settings, state, mesh)
-    memory = Memory(topology.device.memory, params=held(state.params) + held(task.frozen), ema=held(state.ema_params),
-                    moments=held(state.opt_state))  # fmt: skip
+    memory = Memory(topology.device.memory, params=held(state.params) + held(task.constants),
+                    ema=held(state.ema_params), moments=held(state.opt_state))  # fmt: skip
     trees = params_of(task)
     layers = [x.shape[1:] for name in ("dit", "lora") if name in trees for x in jax.tree.leaves(trees[name]["blocks"])]
     data, shape = recipe.data, "x".join(map(str, rows.video))
@@ -124,7 +124,7 @@ def train_program(recipe, task, mesh, topology, rows) -> Program:
     work = flops.train_rows(task.model, task.text_model, lengths, texts, data.batch, **task.routing) / 3
     what = (f"{data.batch} rows of {data.row_tokens:,} tokens and {data.row_text:,} text slots, each with "
             f"{rows.samples} of {shape} ({rows.tokens:,} tokens)")  # fmt: skip
-    return _compile("train", what, lambda: program.lower(state, batch, task.frozen), mesh, memory, work,
+    return _compile("train", what, lambda: program.lower(state, batch, task.constants), mesh, memory, work,
                     (task.model.num_layers, layers))  # fmt: skip
 
 

@@ -15,6 +15,9 @@ from safetensors import SafetensorError, safe_open
 from sorax.errors import UserError
 from sorax.sharding import path_string
 
+BLOCK_BYTES = 2**27  # of a parameter that is gone through piece by piece
+CACHED = 2**16  # numbers that are looked at together, while they are in the processor's cache
+SAME = "... -> ..."  # of `convert.Name`: a tensor of theirs that has our axes
 # What weights are stored as, by the names of the format.
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -22,7 +25,8 @@ DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.d
 class StoredParam:
     """A parameter of ours that is one tensor of theirs in a file, or one a layer. Reading checks that it is finite.
 
-    `stored[i]` reads entry i of the first axis, `np.asarray(stored)` all of it, in the dtype of the file.
+    `stored[i]` reads entry i of the first axis, `np.asarray(stored)` all of it, in the dtype of the file. Of a tensor
+    that is stored as ours is, no more is read than is asked for.
     """
 
     def __init__(self, shape, parts):
@@ -39,8 +43,15 @@ class StoredParam:
         """Of the tensor of a layer; None where there are no layers."""
         return DTYPES[self._parts[layer][3]]
 
+    @property
+    def is_as_ours(self) -> bool:
+        """Whether it is one tensor with our axes."""
+        return not self.is_stacked and self._parts[None][0].pattern == SAME
+
     def __getitem__(self, index) -> np.ndarray:
-        return self._read(index) if self.is_stacked else self._read(None)[index]
+        if self.is_stacked:
+            return self._read(index)
+        return self._read(None, index) if self.is_as_ours else self._read(None)[index]
 
     def __array__(self, dtype=None, copy=None):
         if not self.is_stacked:
@@ -50,13 +61,13 @@ class StoredParam:
             out[layer] = self._read(layer)
         return out
 
-    def _read(self, layer):
+    def _read(self, layer, index=None):
         name, path, key, _ = self._parts[layer]
         with open_safetensors(path) as file:
-            value = np.asarray(file.get_tensor(key))
-        if not np.isfinite(value.astype(np.float32)).all():
+            value = np.asarray(file.get_tensor(key) if index is None else file.get_slice(key)[index])
+        if not is_finite(value):
             raise UserError(f"{path}: {key} holds NaN or infinite values: the file is damaged")
-        return name.to_ours(value)
+        return value if index is not None else name.to_ours(value)
 
 
 def open_params(where, files, names, shapes, extra=None, aliases=None):
@@ -94,8 +105,7 @@ def open_params(where, files, names, shapes, extra=None, aliases=None):
                 key = name.theirs if name.theirs in inside else _alias_of(name.theirs, aliases, inside)
                 if key is None:
                     raise UserError(f"{path}: tensor {name.theirs} is not there, though the index says so")
-                tensor = opened.get_slice(key)
-                found, wanted, dtype = tuple(tensor.get_shape()), name.shape(leaves), tensor.get_dtype()
+                (found, dtype), wanted = _kind(opened, key), name.shape(leaves)
                 if found != wanted:
                     misshapen.append(f"{key} has shape {found}, the config asks for {wanted}")
                 if dtype not in DTYPES:
@@ -110,6 +120,33 @@ def open_params(where, files, names, shapes, extra=None, aliases=None):
     made = {path: extra[path] if path in extra else StoredParam(leaf.shape, parts[path])
             for path, leaf in leaves.items()}  # fmt: skip
     return jax.tree_util.tree_map_with_path(lambda path, _: made[path_string(path)], shapes)
+
+
+def is_finite(value) -> bool:
+    """Whether all numbers of an array in one of `DTYPES` are finite."""
+    flat, is_short = np.ascontiguousarray(value).reshape(-1), value.dtype.itemsize == 2
+    parts = (flat[start : start + CACHED] for start in range(0, flat.size, CACHED))
+    if not is_short:
+        return all(np.isfinite(part).all() for part in parts)
+    # By their bits: no exponent of all ones. Ten times as fast as through float32.
+    ones = np.uint16(0x7F80 if value.dtype == DTYPES["BF16"] else 0x7C00)
+    return all((part.view(np.uint16) & ones).max() < ones for part in parts)
+
+
+def blocks(leaf):
+    """A parameter's values in order, piece by piece: numpy arrays that are each a layer, or some BLOCK_BYTES of rows.
+
+    leaf: an array, a `StoredParam` or a `checkpoint.StoredArray`. What has to be transposed, which is no larger than
+    a layer of others, comes whole.
+    """
+    if getattr(leaf, "is_stacked", False):
+        yield from (leaf[layer] for layer in range(leaf.shape[0]))
+    elif isinstance(leaf, jax.Array) or not leaf.shape or not getattr(leaf, "is_as_ours", True):
+        yield np.asarray(leaf)
+    else:
+        rows = max(1, BLOCK_BYTES * leaf.shape[0] // max(1, leaf.size * leaf.dtype.itemsize))
+        for start in range(0, leaf.shape[0], rows):
+            yield np.asarray(leaf[start : min(start + rows, leaf.shape[0])])
 
 
 def load(params):
@@ -173,10 +210,16 @@ def refuse_pickle(path):
                         "safetensors.torch.save_file")  # fmt: skip
 
 
+def _kind(file, key):
+    """(shape, dtype) of a tensor. A slice that outlives its file keeps all of it mapped: here it does not."""
+    tensor = file.get_slice(key)
+    return tuple(tensor.get_shape()), tensor.get_dtype()
+
+
 def tensor_shapes(path) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors of one safetensors file."""
     with open_safetensors(path) as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        return {name: _kind(file, name)[0] for name in file.keys()}  # noqa: SIM118
 
 
 def open_safetensors(path):

@@ -28,6 +28,7 @@ from sorax.text import TextConfig, TextEncoder
 from sorax.vae import VAE, VAEConfig
 
 WEIGHTS = {"ema": "ema_params", "raw": "params"}
+WAN_SHAPE = (81, 480, 832, 16.0)  # frames, height, width, fps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +63,31 @@ class Run:
         return dict(num_steps=settings.num_steps, solver=settings.solver, guidance_scale=settings.guidance_scale,
                     shift=shift)  # fmt: skip
 
+    @property
+    def gives_frames(self) -> bool:
+        """Whether it is trained with given frames, and so makes videos from an image too."""
+        from sorax.objectives import FlowConfig
+
+        return any(config_lib.build(FlowConfig, self.config.flow, "flow").given[1:])
+
+    @property
+    def data_plan(self) -> str:
+        """Identity of the rows that the run was trained on; "" where it was not trained."""
+        if not self.step:
+            return ""
+        checkpoints = Checkpoints(self.workdir)
+        try:
+            return checkpoints.info(self.step)["data"]
+        finally:
+            checkpoints.close()
+
     def usual_shape(self) -> tuple[int, int, int, float]:
-        """(frames, height, width, fps) that the run saw most among its first validation samples."""
+        """(frames, height, width, fps) that the run saw most among its first validation samples; of imported weights
+        that have no data Wan's own, 480p."""
         data = self.config.data
         paths = [part["path"] for part in data.get("mixture") or ()] or [data.path]
+        if not any(paths):
+            return WAN_SHAPE
         for folder in (os.path.join(self.workdir, "latents"), *map(shards_folder, filter(is_shards, paths))):
             if there := splits(folder):
                 shards = LatentShards(folder, "val" if "val" in there else "train", first=64)
@@ -85,10 +107,12 @@ class Run:
         how = self.sampling()
         sample = dict(prompt="a red circle moving right", height=height, width=width, num_frames=frames, fps=fps,
                       num_steps=how["num_steps"], guidance_scale=how["guidance_scale"])  # fmt: skip
-        name, data = os.path.basename(os.path.abspath(self.workdir)), f"data.path = {self.config.data.path!r}"
-        config = self.config.to_dict()
-        return dict(name=name, step=self.step, weights=weights, config=config, data=data, sample=sample,
-                    scores=self.scores())  # fmt: skip
+        data = self.config.data
+        paths = [part["path"] for part in data.get("mixture") or ()] or [data.path]
+        sentence = ", ".join(f"`{path}`" for path in paths if path) or "Unknown: these are imported weights."
+        return dict(name=os.path.basename(os.path.abspath(self.workdir)), step=self.step, weights=weights,
+                    config=self.config.to_dict(), data=sentence, data_plan=self.data_plan, sample=sample,
+                    given_frames=self.gives_frames, scores=self.scores())  # fmt: skip
 
     def scores(self) -> dict[str, str]:
         """The main scores of `report/scores.json` in words; empty where it is missing or of another step."""
@@ -195,9 +219,13 @@ def start_adapters(config, workdir: str):
 
 
 def start_tokenizer(config, workdir: str) -> str:
-    """Folder of the tokenizer that belongs to the text encoder of `config.init`."""
+    """The folder of the tokenizer that a run's text encoder was trained with, where it starts from `config.init`; ""
+    where it does not, or `config.data.tokenizer` says otherwise."""
+    if not config.get("init") or config.data.get("tokenizer"):
+        return config.data.get("tokenizer") or ""
     folder = _inside(workdir, config.init)
-    return os.path.join(folder, "tokenizer") if os.path.isfile(os.path.join(folder, "model_index.json")) else folder
+    is_pipeline = os.path.isfile(os.path.join(folder, "model_index.json"))
+    return os.path.join(folder, "tokenizer") if is_pipeline else folder
 
 
 def _first_device(tree):
@@ -208,6 +236,17 @@ def _first_device(tree):
 def _inside(workdir: str, path: str) -> str:
     """A path that is taken from the run folder if it is there, and else as it is."""
     return inside if os.path.exists(inside := os.path.join(workdir, path)) else path
+
+
+def anchored(config, path: str):
+    """A config that was loaded from `path` with networks that are found from anywhere: the config.json of a run may
+    name what is inside its folder."""
+    config, home = config.copy_and_resolve_references(), os.path.dirname(os.path.abspath(path))
+    with config.unlocked():
+        for section, key in ((config, "init"), (config.get("vae", {}), "path")):
+            if path.endswith(".json") and section.get(key):
+                section[key] = _inside(home, section[key])
+    return config
 
 
 def vae_folder(config, workdir: str) -> str:
@@ -281,7 +320,7 @@ def open_vae_config(path: str) -> VAEConfig:
         config = config_lib.read_config(path)
         if not config.vae.get("path"):
             return config_lib.build(VAEConfig, config.vae.model, "vae.model")
-        return open_vae_config(config.vae.path)
+        return open_vae_config(vae_folder(config, path))
     if kind == "diffusers":
         return convert.read_vae_config(_diffusers_vae(path))[0]
     return config_lib.build(VAEConfig, config_lib.read_config(path).model, "model")

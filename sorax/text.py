@@ -175,3 +175,17 @@ def drop_captions(key, text_tokens, text_segment_ids, num_samples: int, probabil
     before = jnp.pad(text_segment_ids[:, :-1], ((0, 0), (1, 0)))
     starts = text_segment_ids != before
     return jnp.where(dropped, jnp.where(starts, EOS_ID, PAD_ID), text_tokens)
+
+
+def drop_embeds(text_embeds, text_tokens, kept_tokens, empty_caption):
+    """Embeddings of captions some of which `drop_captions` has replaced by the empty one.
+
+    Args:
+        text_embeds: `[B, M, D]`, of text_tokens `[B, M]`. kept_tokens: `[B, M]`, what `drop_captions` made of them.
+        empty_caption: `[D]`, the embedding of the empty caption's one token.
+
+    Returns:
+        `[B, M, D]`, what the encoder gives of kept_tokens.
+    """
+    changed, starts = (kept_tokens != text_tokens)[..., None], (kept_tokens == EOS_ID)[..., None]
+    return jnp.where(changed, jnp.where(starts, empty_caption, 0), text_embeds)

@@ -143,7 +143,11 @@ def test_model_card_says_how_to_run_it(networks, tmp_path):
     out = export.export_diffusers(networks, TOKENIZER, tmp_path / "out", shift=3.0, metadata=metadata)
     card = (out / "README.md").read_text()
     assert card.startswith("---\nlicense: apache-2.0\nlibrary_name: diffusers\n")
-    assert "7 training steps, stored as f32." in card and '"a \\"{x}\\" circle"' in card and "fps=6" in card
+    assert "7 training steps, stored in f32." in card and '"a \\"{x}\\" circle"' in card and "fps=6" in card
+    assert "image-to-video" not in card and "given frames" not in card
+    metadata["given_frames"] = True  # in patches that diffusers gives no timesteps
+    told = export.export_diffusers(networks, TOKENIZER, tmp_path / "told", shift=3.0, metadata=metadata)
+    assert "It was trained with given frames too, which diffusers cannot run" in (told / "README.md").read_text()
 
 
 def test_own_format_keeps_names_and_values(networks, tmp_path):
@@ -214,6 +218,16 @@ def shard(folder, weight_map):
     path.with_name(path.name + ".index.json").write_text(json.dumps(index))
 
 
+def point_elsewhere(folder):
+    """Makes the index say that one tensor, which is in both files, is in the second."""
+    path = folder / "transformer" / f"{WEIGHTS['transformer']}.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["proj_out.bias"] = "b.safetensors"
+    tensors = load_file(folder / "transformer" / "b.safetensors")
+    save_file({"proj_out.bias": tensors["proj_out.bias"]}, folder / "transformer" / "b.safetensors")
+    path.write_text(json.dumps(index))
+
+
 def truncate(path):
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -238,6 +252,14 @@ SPOILT = {
     "no weights": (lambda f: (f / "vae" / WEIGHTS["vae"]).unlink(), "not a complete model folder"),
     "no index": (lambda f: (f / "model_index.json").unlink(), "model_index.json cannot be read"),
     "not json": (lambda f: (f / "vae" / "config.json").write_text("{"), "is not JSON"),
+    "image to video": (
+        lambda f: edit_json(f / "model_index.json", _class_name="WanImageToVideoPipeline"),
+        "takes the image as more latent channels.*TI2V",
+    ),
+    "duplicated": (
+        lambda f: (shard(f, lambda name: "a.safetensors"), shutil.copy(f / "transformer" / "a.safetensors",
+                   f / "transformer" / "b.safetensors"), point_elsewhere(f)), "repeats, or has beside the index, 1 ten",
+    ),
     "other pipeline": (lambda f: edit_json(f / "model_index.json", _class_name="FluxPipeline"), "FluxPipeline"),
     "two transformers": (lambda f: edit_json(f / "model_index.json", boundary_ratio=0.9), "two transformers"),
     "image model": (lambda f: edit_json(f / "transformer" / "config.json", image_dim=1280), "image_dim = 1280"),
@@ -333,22 +355,29 @@ def test_the_exported_folder_runs_in_diffusers(networks, tmp_path, solver, shape
     assert np.abs(generator.codec.decode([ours])[0] - pixels).max() <= 1
 
 
-def test_a_first_frame_is_given_as_in_diffusers(networks, tmp_path):
-    """Image to video through WanImageToVideoPipeline, whose timesteps are per token and 0 on the given frame."""
+@pytest.mark.parametrize("solver, shape", [("euler", (9, 32, 48)), ("unipc", (5, 48, 32))], ids=str)
+def test_a_first_frame_is_given_as_in_diffusers(networks, tmp_path, solver, shape):
+    """Image to video through WanImageToVideoPipeline, whose timesteps are per token and 0 on the given frame; the same
+    folder is text to video in WanPipeline. Latents to 1e-4 of the largest, pixels within 1 of 255."""
     diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
-    out = export.export_diffusers(networks, TOKENIZER, tmp_path / "out", shift=3.0, expand_timesteps=True)
-    pipe = diffusers.WanImageToVideoPipeline.from_pretrained(out)
-    shape, generator = (9, 32, 48), generator_of(networks)
-    noise = np.random.default_rng(0).standard_normal((3, 4, 6, 4), np.float32)
-    image = np.random.default_rng(1).integers(0, 256, (32, 48, 3), dtype=np.uint8)
-    theirs = pipe(
-        Image.fromarray(image), "a red circle", num_frames=9, height=32, width=48, num_inference_steps=4,
-        latents=torch.from_numpy(np.moveaxis(noise, -1, 0)[None].copy()), guidance_scale=3.0, output_type="latent",
-    ).frames.numpy()[0]  # fmt: skip
+    how = dict(shift=3.0, solver=solver)
+    out = export.export_diffusers(networks, TOKENIZER, tmp_path / "out", expand_timesteps=True, **how)
+    assert "WanImageToVideoPipeline.from_pretrained" in (out / "README.md").read_text()
+    (T, H, W), generator = shape, generator_of(networks)
+    noise = np.random.default_rng(0).standard_normal((1 + (T - 1) // 4, H // 8, W // 8, 4), np.float32)
+    image = np.random.default_rng(1).integers(0, 256, (H, W, 3), dtype=np.uint8)
+    options = dict(prompt="a red circle", num_frames=T, height=H, width=W, num_inference_steps=4, guidance_scale=3.0,
+                   latents=torch.from_numpy(np.moveaxis(noise, -1, 0)[None].copy()))  # fmt: skip
     given = given_frames(generator.codec, {0: image[None]}, *shape)
-    request = Request("a red circle", *shape, noise=noise, given=given)
-    ours = generator.latents([request], num_steps=4, shift=3.0, guidance_scale=3.0)[0]
-    np.testing.assert_allclose(ours, np.moveaxis(theirs, 0, -1), rtol=0, atol=1e-4 * np.abs(theirs).max())
+    for kind, extra, shown in (("WanImageToVideoPipeline", dict(image=Image.fromarray(image)), given),
+                               ("WanPipeline", {}, None)):  # fmt: skip
+        pipe = getattr(diffusers, kind).from_pretrained(out)
+        theirs = np.moveaxis(pipe(**options, **extra, output_type="latent").frames.numpy()[0], 0, -1)
+        request = Request("a red circle", *shape, noise=noise, given=shown)
+        ours = generator.latents([request], num_steps=4, guidance_scale=3.0, **how)[0]
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
+        pixels = np.asarray(pipe(**options, **extra, output_type="np").frames[0]) * 255
+        assert np.abs(generator.codec.decode([ours])[0] - pixels).max() <= 1
 
 
 # --- Wan's own names, and what stays on the disk

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from sorax import convert, export, read_weights
+from sorax import convert, export, plan, read_weights
 from sorax.cli import main
 from sorax.config import load_config
 from sorax.errors import UserError
+from sorax.evaluate import evaluate_folder
 from sorax.export_comfyui import export_comfyui
 from sorax.import_wan import import_run
 from sorax.objectives import complete
-from sorax.runs import load_run
+from sorax.runs import anchored, load_run, open_vae_config, start_tokenizer
 from sorax.train import train
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
@@ -63,8 +64,10 @@ def test_wans_own_names_give_the_same_bytes(source, tmp_path):
     pipeline = convert.open_diffusers(source)
     first = import_run(source, tmp_path / "first")
     run = load_run(str(first), stored=True)
+    first_sampling = run.sampling()
     single = export_comfyui(run.networks, run.tokenizer, tmp_path / "single", shift=5.0, metadata={"name": "x"})
     again = import_run(single, tmp_path / "second")
+    assert load_run(str(again), stored=True).sampling() == first_sampling | dict(shift=5.0)
     assert tensors_of(again / "imported") == tensors_of(source)
     assert load_run(str(again)).networks.dit_config == pipeline.dit_config
     third = import_run(
@@ -107,6 +110,20 @@ def test_an_imported_run_trains_and_exports_the_rest_untouched(source, tmp_path,
     there = convert.read_diffusers(source).dit["blocks"]["self_attention"]["q"]["kernel"]
     moved = np.abs(np.asarray(run.networks.dit["blocks"]["self_attention"]["q"]["kernel"]) - there)
     assert 0 < moved.max() < 0.1  # it began where the weights were
+
+
+def test_the_config_of_an_imported_run_is_used_elsewhere_too(source, tmp_path, monkeypatch):
+    """Its networks are found from any folder, by `plan`, `encode`, and `train` in another run."""
+    workdir = import_run(source, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    config = anchored(load_config("run/config.json", (), complete), "run/config.json")
+    assert config.init == config.vae.path == str(workdir / "imported")
+    assert plan.read(config).vae == open_vae_config("run") == convert.open_vae(source / "vae")[0]
+    assert start_tokenizer(config, "elsewhere") == str(workdir / "imported" / "tokenizer")
+    assert list(config.flow.given) == [1.0, 0.0, 0.0, 0.0, 0.0]  # text to video alone, as it came
+    with pytest.raises(UserError, match=r"imported weights and no data to score them on: add --data"):
+        evaluate_folder("run", "report")
+    assert load_run("run").usual_shape() == (81, 480, 832, 16.0)
 
 
 def test_weights_of_another_architecture_are_no_start(source, tmp_path):
