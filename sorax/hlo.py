@@ -82,7 +82,7 @@ def _computations(text):
     """(name of the entry, name -> instructions)."""
     computations, entry, body = {}, None, None
     for line in text.splitlines():
-        if line.startswith("}"):
+        if line.split("//")[0].rstrip() == "}":  # a kernel's attributes have lines that begin with one
             body = None
         elif body is None:
             head = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{\s*$", line)

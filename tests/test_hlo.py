@@ -79,7 +79,8 @@ def test_a_program_without_communication_has_none(mesh):
 
 # ruff: noqa: E501
 # As libtpu writes it: layouts with tiles, tuples with comments, a loop whose length stands in its condition alone, a
-# sum of which a part is kept in a fusion, and groups as a transposed range.
+# sum of which a part is kept in a fusion, groups as a transposed range, and a Pallas kernel, whose attributes take
+# lines of their own.
 TPU = """HloModule jit_f, is_scheduled=true
 
 %add (x: f32[], y: f32[]) -> f32[] {
@@ -98,6 +99,9 @@ TPU = """HloModule jit_f, is_scheduled=true
 %body (arg: (s32[], bf16[64,128], bf16[4,32,128])) -> (s32[], bf16[64,128], bf16[4,32,128]) {
   %arg = (s32[]{:T(128)}, bf16[64,128]{1,0:T(8,128)(2,1)S(1)}, /*index=2*/bf16[4,32,128]{2,1,0:T(8,128)(2,1)}) parameter(0)
   %x.1 = bf16[64,128]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%arg), index=1
+  %kernel = bf16[64,128]{1,0:T(8,128)(2,1)} custom-call(%x.1), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="jit(f)/while/body/splash"}
   %fusion.1 = bf16[32,128]{1,0:T(8,128)(2,1)} fusion(%x.1), kind=kCustom, calls=%all-reduce-scatter
   %start = (bf16[32,128]{1,0}, bf16[64,128]{1,0}) all-gather-start(%fusion.1), channel_id=2, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
   %done = bf16[64,128]{1,0} all-gather-done(%start)
