@@ -1,5 +1,6 @@
 """Terms of the VAE's loss: what they are of, and that two networks learn from one scalar."""
 
+import dataclasses
 import functools
 
 import jax
@@ -16,7 +17,7 @@ from sorax.errors import UserError
 from sorax.inflate import inflate
 from sorax.vae import VAE, VAEConfig
 from sorax.vae_losses import haar_details, kl_divergence, laplacian_pyramid, multiscale_error, wavelet_error
-from sorax.vae_objective import _make_loss, vae_objective
+from sorax.vae_objective import _make_loss, _perceptual, vae_objective
 
 MODEL = VAEConfig(base_width=4, width_multipliers=(1, 2), num_res_blocks=1, latent_channels=3,
                   temporal_downsample=(True,), pixel_patch=2)  # fmt: skip
@@ -116,6 +117,28 @@ def test_the_loss_is_its_terms_by_their_weights(gradients, step):
     mean = {name: float(s / w) for name, (s, w) in gradients(step, "vae", "discriminator")[1].items()}
     expected = mean["l1"] + 0.5 * mean["mse"] + 0.3 * mean["multiscale"] + 0.2 * mean["wavelet"] + 1e-3 * mean["kl"]
     np.testing.assert_allclose(mean["loss"], expected, rtol=1e-5)
+
+
+def test_the_perceptual_term_compares_the_copy_frame_by_frame_with_what_it_is_of(gradients, params):
+    """By a metric whose weights are constants of the loss; here it is twice the mean absolute difference."""
+
+    def metric(a, b, factor):
+        return factor * jnp.mean(jnp.abs(a - b), axis=(1, 2, 3))
+
+    weights = dataclasses.replace(WEIGHTS, perceptual=0.6, perceptual_frames=0)
+    loss = _make_loss(dict(vae=NETWORKS["vae"]), weights, metric, jnp.float32, False)
+    batch = dict(video=np.asarray((videos() + 1) * 127.5, np.uint8))
+    sums = jit(loss)(dict(vae=params["vae"]), batch, jax.random.key(5), jnp.int32(0), jnp.float32(2))
+    mean = {name: float(s / w) for name, (s, w) in sums.items()}
+    np.testing.assert_allclose(mean["lpips"], 2 * mean["l1"], rtol=1e-5)
+    without = {name: float(s / w) for name, (s, w) in gradients(2, "vae")[1].items()}
+    np.testing.assert_allclose(mean["loss"], without["loss"] + 0.6 * mean["lpips"], rtol=1e-5)
+
+
+def test_without_weights_of_lpips_the_multiscale_term_stands_in_and_says_so(capsys):
+    weights, lpips = _perceptual(objectives.VAELossConfig(perceptual=0.5, multiscale=0.25))
+    assert lpips is None and (weights.perceptual, weights.multiscale) == (0, 0.75)
+    assert "the multi-scale term takes the perceptual term's place" in capsys.readouterr().out
 
 
 def test_a_pyramid_holds_the_whole_video():
