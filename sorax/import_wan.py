@@ -50,17 +50,19 @@ def import_run(
     if not path.exists():
         raise UserError(f"{source} does not exist: name a folder of weights, or a safetensors file")
     with export.new_folder(workdir) as run:
-        folder = run / IMPORTED
+        folder = there = run / IMPORTED
         if (path / "model_index.json").is_file():
             if vae or text or tokenizer:
                 raise UserError(f"{source} is a whole pipeline: --vae, --text and --tokenizer are for a transformer's "
                                 "file")  # fmt: skip
-            _link(path, folder)
+            there = path  # so that what is refused is not copied first, and is called what the user calls it
         else:
             _rename(path, folder, *_parts(path, vae, text, tokenizer))
-        pipeline = convert.open_diffusers(folder)
+        pipeline = convert.open_diffusers(there)
+        loaded = Tokenizer.load(there / "tokenizer", pipeline.text_config.vocab_size)
         _check_values(pipeline)
-        loaded = Tokenizer.load(folder / "tokenizer", pipeline.text_config.vocab_size)
+        if there is path:
+            _link(path, folder)
         loaded.save(run)
         config = experiment(pipeline)
         if lora:
@@ -171,6 +173,7 @@ def _open_transformer(path):
         config = convert.read_dit_config(beside)
     else:
         config = _dit_config({name.removeprefix(prefix): shape for name, shape in tensors.items()}, path)
+    convert.check_depth(path, config.num_layers, tensors)
     names = [dataclasses.replace(n, theirs=prefix + n.theirs) for n in original_names.dit_names(config)]
     return config, read_weights.open_params(path, dict.fromkeys(tensors, path), names, abstract(DiT, config)[1])
 
@@ -186,7 +189,7 @@ def _dit_config(shapes, path) -> DiTConfig:
         raise UserError(f"{path} is of an image-to-video model with an image encoder, which sorax does not have: use a "
                         "text-to-video model, or Wan 2.2's TI2V")  # fmt: skip
     width, channels, *patch = shapes["patch_embedding.weight"]
-    layers = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))
+    layers = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
     if width % 128:
         raise UserError(f"{path}: a width of {width} is no multiple of 128, so its heads are unknown: put the model's "
                         "config.json of diffusers beside it")  # fmt: skip
@@ -208,6 +211,7 @@ def _open_vae(path):
                         "deviations: put it there, or name the folder of a diffusers VAE")  # fmt: skip
     config, stats = convert.read_vae_config(path.parent)
     tensors = read_weights.tensor_shapes(path)
+    convert.check_depth(path, config.num_res_blocks * len(config.width_multipliers), tensors)
     params = read_weights.open_params(path, dict.fromkeys(tensors, path), original_names.vae_names(config),
                                       abstract(VAE, config)[1], stats)  # fmt: skip
     return config, params
@@ -219,6 +223,7 @@ def _open_text(path):
         return convert.open_text(path)
     read_weights.refuse_pickle(path)
     config, tensors = convert.read_text_config(path.with_name("config.json")), read_weights.tensor_shapes(path)
+    convert.check_depth(path, config.num_layers, tensors)
     return config, read_weights.open_params(path, dict.fromkeys(tensors, path), convert.text_names(config),
                                             abstract(TextEncoder, config)[1], aliases=convert.TEXT_ALIASES)  # fmt: skip
 
