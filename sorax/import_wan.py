@@ -60,13 +60,13 @@ def import_run(
             _rename(path, folder, *_parts(path, vae, text, tokenizer))
         pipeline = convert.open_diffusers(there)
         loaded = Tokenizer.load(there / "tokenizer", pipeline.text_config.vocab_size)
-        _check_values(pipeline)
-        if there is path:
-            _link(path, folder)
-        loaded.save(run)
         config = experiment(pipeline)
         if lora:
             config |= _lora(lora, run / LORA, pipeline.dit_config)
+        _check_values(pipeline)  # last, as it reads all of the weights
+        if there is path:
+            _link(path, folder)
+        loaded.save(run)
         write_json(run / "config.json", config)
     return pathlib.Path(workdir)
 
@@ -133,6 +133,9 @@ def _parts(source, vae, text, tokenizer):
     if all(len(found) == 1 for found in files):
         return *(found[0] for found in files), source / "tokenizer"
     read_weights.refuse_pickle(source)
+    if (source / "dit" / "config.json").is_file():
+        raise UserError(f"{source} has sorax's own names (`sorax export --format safetensors`), which are for other "
+                        "programs: import what --format diffusers or comfyui writes")  # fmt: skip
     raise UserError(f"{source} is neither a WanPipeline folder (no model_index.json) nor one with diffusion_models/, "
                     "vae/ and text_encoders/ of one safetensors file each: name one, or a transformer's file")
 
