@@ -287,6 +287,9 @@ def sample_verb(arguments, _):
         for k, prompt in enumerate(arguments.prompt)
     ]
     generator = run.generator()
+    # Imported weights make 81 frames of 832x480 unless told otherwise: hours on a CPU, which should not look like none.
+    print(f"sampling {len(requests)} x {legal[0]} frames of {legal[2]}x{legal[1]}, {sampling['num_steps']} steps of "
+          f"{sampling['solver']}", flush=True)  # fmt: skip
     latents = generator.latents(requests, **sampling)
     if arguments.save_latents:
         media.write_array(arguments.save_latents, latents)

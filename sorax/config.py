@@ -198,9 +198,13 @@ def read_config(workdir: str) -> ml_collections.ConfigDict:
     if os.path.isfile(workdir):
         raise UserError(f"{workdir!r} is a file: name the folder that it is in")
     if not os.path.isdir(workdir):
-        raise UserError(f"run folder {workdir!r} does not exist: name one written by `sorax train --workdir`")
+        raise UserError(f"run folder {workdir!r} does not exist: name one written by `sorax train` or `sorax import`")
+    if os.path.isfile(os.path.join(workdir, "model_index.json")):
+        raise UserError(f"{workdir!r} holds no run, but a pipeline of diffusers: make a run of it, with `sorax import "
+                        f"--from {workdir} --workdir RUN`")  # fmt: skip
     if not os.path.isfile(path):
-        raise UserError(f"{workdir!r} holds no run ({CONFIG_FILE} is missing): name one written by `sorax train`")
+        raise UserError(f"{workdir!r} holds no run ({CONFIG_FILE} is missing): name one written by `sorax train` or "
+                        "`sorax import`")  # fmt: skip
     with open(path) as f:
         return ml_collections.ConfigDict(json.load(f))
 

@@ -196,6 +196,13 @@ def _config(cls, path, fields, fixed, **derived):
         raise UserError(f"{path} lacks {', '.join(missing)}: not the config of a model that sorax can read")
     values = {ours: there[theirs] for theirs, ours in fields.items()}
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    kinds = {field.name: field.type for field in dataclasses.fields(cls)}
+    for theirs, ours in fields.items():
+        count = {int: 1, tuple[int, int, int]: 3}.get(kinds[ours], 0)
+        sizes = [there[theirs]] if count == 1 else there[theirs]
+        is_list = isinstance(sizes, list) and len(sizes) == count
+        if count and not (is_list and all(type(size) is int and size > 0 for size in sizes)):
+            raise UserError(f"{path}: {theirs} is {there[theirs]!r}: it takes {count} whole number(s) of at least 1")
     try:
         return cls(**values, **derived), there
     except (TypeError, ValueError) as error:
@@ -271,6 +278,14 @@ def open_diffusers(folder) -> Pipeline:
     return Pipeline(vae_config, vae, dit_config, dit, text_config, text, scheduler, expand)
 
 
+def check_depth(where, depth: int, tensors):
+    """Raises UserError where a network's config has more blocks than its files have tensors: the tables of names that
+    tell what is missing would fill the memory first, if a damaged or hostile config asks for 10^9 blocks."""
+    if not (isinstance(depth, int) and 0 < depth <= len(tensors)):
+        raise UserError(f"{where}: config.json asks for {depth} blocks, and the files have {len(tensors)} tensors. Do "
+                        "config and weights belong together?")  # fmt: skip
+
+
 def read_dit_config(path) -> DiTConfig:
     """Config of a `WanTransformer3DModel` from its config.json. Raises UserError as `open_diffusers` does."""
     return _config(DiTConfig, path, DIT_FIELDS, DIT_FIXED)[0]
@@ -282,6 +297,7 @@ def open_dit(folder):
     Raises UserError as `open_diffusers` does.
     """
     config, files = read_dit_config(folder / "config.json"), tensor_files(folder, WEIGHTS)
+    check_depth(folder, config.num_layers, files)
     return config, open_params(folder, files, dit_names(config), abstract(DiT, config)[1])
 
 
@@ -312,6 +328,7 @@ def read_vae_config(folder):
 def open_vae(folder):
     """Config and parameters of an `AutoencoderKLWan` folder, as `open_dit`."""
     (config, stats), files = read_vae_config(folder), tensor_files(folder, WEIGHTS)
+    check_depth(folder, config.num_res_blocks * len(config.width_multipliers), files)
     return config, open_params(folder, files, vae_names(config), abstract(VAE, config)[1], stats)
 
 
@@ -326,6 +343,7 @@ def read_text_config(path) -> TextConfig:
 def open_text(folder):
     """Config and parameters of a UMT5 or T5 encoder folder, as `open_dit`."""
     config, files = read_text_config(folder / "config.json"), tensor_files(folder, TEXT_WEIGHTS)
+    check_depth(folder, config.num_layers, files)
     return config, open_params(folder, files, text_names(config), abstract(TextEncoder, config)[1], None, TEXT_ALIASES)
 
 

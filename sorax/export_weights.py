@@ -63,7 +63,7 @@ def stored_as(params, dtype: str) -> str:
     """What weights are written as, for people: "f32", or what "auto" comes to, such as "bf16 and f32"."""
     if dtype != AUTO:
         return dtype
-    short = {value.name: key for key, value in DTYPES.items()}
+    short = {value.name: key for key, value in DTYPES.items()} | {"float16": "f16"}  # which is read and kept only
     found = {leaf.dtype.name if isinstance(leaf, read_weights.StoredParam) else "float32"
              for leaf in jax.tree.leaves(params)}  # fmt: skip
     return " and ".join(sorted(short.get(name, name) for name in found))

@@ -50,21 +50,23 @@ def import_run(
     if not path.exists():
         raise UserError(f"{source} does not exist: name a folder of weights, or a safetensors file")
     with export.new_folder(workdir) as run:
-        folder = run / IMPORTED
+        folder = there = run / IMPORTED
         if (path / "model_index.json").is_file():
             if vae or text or tokenizer:
                 raise UserError(f"{source} is a whole pipeline: --vae, --text and --tokenizer are for a transformer's "
                                 "file")  # fmt: skip
-            _link(path, folder)
+            there = path  # so that what is refused is not copied first, and is called what the user calls it
         else:
             _rename(path, folder, *_parts(path, vae, text, tokenizer))
-        pipeline = convert.open_diffusers(folder)
-        _check_values(pipeline)
-        loaded = Tokenizer.load(folder / "tokenizer", pipeline.text_config.vocab_size)
-        loaded.save(run)
+        pipeline = convert.open_diffusers(there)
+        loaded = Tokenizer.load(there / "tokenizer", pipeline.text_config.vocab_size)
         config = experiment(pipeline)
         if lora:
             config |= _lora(lora, run / LORA, pipeline.dit_config)
+        _check_values(pipeline)  # last, as it reads all of the weights
+        if there is path:
+            _link(path, folder)
+        loaded.save(run)
         write_json(run / "config.json", config)
     return pathlib.Path(workdir)
 
@@ -131,6 +133,9 @@ def _parts(source, vae, text, tokenizer):
     if all(len(found) == 1 for found in files):
         return *(found[0] for found in files), source / "tokenizer"
     read_weights.refuse_pickle(source)
+    if (source / "dit" / "config.json").is_file():
+        raise UserError(f"{source} has sorax's own names (`sorax export --format safetensors`), which are for other "
+                        "programs: import what --format diffusers or comfyui writes")  # fmt: skip
     raise UserError(f"{source} is neither a WanPipeline folder (no model_index.json) nor one with diffusion_models/, "
                     "vae/ and text_encoders/ of one safetensors file each: name one, or a transformer's file")
 
@@ -171,6 +176,7 @@ def _open_transformer(path):
         config = convert.read_dit_config(beside)
     else:
         config = _dit_config({name.removeprefix(prefix): shape for name, shape in tensors.items()}, path)
+    convert.check_depth(path, config.num_layers, tensors)
     names = [dataclasses.replace(n, theirs=prefix + n.theirs) for n in original_names.dit_names(config)]
     return config, read_weights.open_params(path, dict.fromkeys(tensors, path), names, abstract(DiT, config)[1])
 
@@ -186,7 +192,7 @@ def _dit_config(shapes, path) -> DiTConfig:
         raise UserError(f"{path} is of an image-to-video model with an image encoder, which sorax does not have: use a "
                         "text-to-video model, or Wan 2.2's TI2V")  # fmt: skip
     width, channels, *patch = shapes["patch_embedding.weight"]
-    layers = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))
+    layers = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
     if width % 128:
         raise UserError(f"{path}: a width of {width} is no multiple of 128, so its heads are unknown: put the model's "
                         "config.json of diffusers beside it")  # fmt: skip
@@ -208,6 +214,7 @@ def _open_vae(path):
                         "deviations: put it there, or name the folder of a diffusers VAE")  # fmt: skip
     config, stats = convert.read_vae_config(path.parent)
     tensors = read_weights.tensor_shapes(path)
+    convert.check_depth(path, config.num_res_blocks * len(config.width_multipliers), tensors)
     params = read_weights.open_params(path, dict.fromkeys(tensors, path), original_names.vae_names(config),
                                       abstract(VAE, config)[1], stats)  # fmt: skip
     return config, params
@@ -219,6 +226,7 @@ def _open_text(path):
         return convert.open_text(path)
     read_weights.refuse_pickle(path)
     config, tensors = convert.read_text_config(path.with_name("config.json")), read_weights.tensor_shapes(path)
+    convert.check_depth(path, config.num_layers, tensors)
     return config, read_weights.open_params(path, dict.fromkeys(tensors, path), convert.text_names(config),
                                             abstract(TextEncoder, config)[1], aliases=convert.TEXT_ALIASES)  # fmt: skip
 

@@ -137,7 +137,7 @@ def find_file(path) -> pathlib.Path:
     for name in (FILE, PEFT_FILES[0]):
         if (path / name).is_file():
             return path / name
-    found = sorted(path.glob("*.safetensors"))
+    found = sorted(path.glob("*.safetensors")) or sorted(path.glob("loras/*.safetensors"))  # as exported for ComfyUI
     if len(found) == 1:
         return found[0]
     read_weights.refuse_pickle(path)

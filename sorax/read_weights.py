@@ -182,10 +182,11 @@ def tensor_files(folder, stem) -> dict[str, pathlib.Path]:
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{index} has no weight_map: the index is damaged")
         shards = {}
-        for file in set(weight_map.values()):
+        for file in weight_map.values():
             # A name with a folder in it could point anywhere on the disk.
             if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
                 raise UserError(f"{index} names {file!r}, which is not a plain safetensors file beside it: refused")
+        for file in set(weight_map.values()):
             with open_safetensors(folder / file) as tensors:
                 shards[file] = set(tensors.keys())
         for file, names in shards.items():

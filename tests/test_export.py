@@ -22,6 +22,7 @@ from sorax.errors import UserError
 from sorax.export_comfyui import export_comfyui
 from sorax.export_weights import write_safetensors
 from sorax.functional import abstract, count
+from sorax.import_wan import import_run
 from sorax.sharding import path_string
 from sorax.text import TextConfig, TextEncoder
 from sorax.vae import VAE, VAEConfig
@@ -152,6 +153,8 @@ def test_own_format_keeps_names_and_values(networks, tmp_path):
     tensors = load_file(out / "dit" / "dit.safetensors")
     np.testing.assert_array_equal(tensors["blocks/mlp_in/kernel"], networks.dit["blocks"]["mlp_in"]["kernel"])
     assert json.loads((out / "dit" / "config.json").read_text())["num_heads"] == networks.dit_config.num_heads
+    with pytest.raises(UserError, match=r"has sorax's own names .*: import what --format diffusers or comfyui writes"):
+        import_run(out, tmp_path / "run")
 
 
 @pytest.mark.parametrize("write, place", [("export_diffusers", "tokenizer"), ("export_safetensors", ".")])

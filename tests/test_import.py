@@ -154,7 +154,26 @@ def other_scheduler(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def index(folder, value):
+    path = folder / "transformer" / f"{convert.WEIGHTS}.safetensors"
+    weight_map = dict.fromkeys(load_file(path), value)
+    path.with_name(f"{path.name}.index.json").write_text(json.dumps(dict(weight_map=weight_map)))
+
+
+def change(folder, part, **changes):
+    path = folder / part / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 SPOILT = {
+    "an index of lists": (lambda f: index(f, ["a"]), r"names \['a'\], which is not a plain"),
+    "an index of elsewhere": (lambda f: index(f, "../x.safetensors"), r"names '\.\./x\.safetensors', which"),
+    "no number": (lambda f: change(f, "transformer", num_layers="two"), r"num_layers is 'two': it takes 1"),
+    "below one": (lambda f: change(f, "text_encoder", d_model=-1), r"d_model is -1: it takes 1 whole"),
+    "a flat patch": (lambda f: change(f, "transformer", patch_size=[2, 2]), r"patch_size is \[2, 2\]: it takes 3"),
+    "10^9 blocks": (lambda f: change(f, "transformer", num_layers=10**9), "asks for 1000000000 blocks, and the files"),
+    "10^9 layers": (lambda f: change(f, "text_encoder", num_layers=10**9), "asks for 1000000000 blocks, and the files"),
+    "10^9 residual blocks": (lambda f: change(f, "vae", num_res_blocks=10**9), "asks for 4000000000 blocks, and the"),
     "not finite": (poison, r"proj_out\.bias holds NaN"),
     "another scheduler": (lambda f: other_scheduler(f, _class_name="DDIMScheduler"), "a DDIMScheduler is not"),
     "another spacing": (lambda f: other_scheduler(f, use_karras_sigmas=True), "use_karras_sigmas = True is not"),
@@ -171,8 +190,9 @@ SPOILT = {
 def test_what_cannot_be_imported_is_refused_and_nothing_is_left(source, tmp_path, name):
     spoil, message = SPOILT[name]
     spoil(source)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as refused:
         import_run(source, tmp_path / "run")
+    assert str(source) in str(refused.value) and "partial" not in str(refused.value)  # what is said exists
     assert not (tmp_path / "run").exists() and not [p for p in tmp_path.iterdir() if "partial" in p.name]
 
 
