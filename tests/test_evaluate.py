@@ -69,7 +69,7 @@ def test_a_model_card_has_the_scores_of_its_own_step_alone(tiny_run, report, tmp
     shutil.copytree(report[1], tmp_path / "report")
     run = dataclasses.replace(load_run(tiny_run), workdir=str(tmp_path))
     joint = report[0]["splits"]["test"]["prompts"]["model"]["joint"]["rate"]
-    assert run.metadata("ema")["scores"]["prompts followed in every attribute, test"].startswith(f"{100 * joint:.1f} %")
+    assert run.scores()["prompts followed in every attribute, test"].startswith(f"{100 * joint:.1f} %")
     assert dataclasses.replace(run, step=run.step + 1).scores() == {}
     assert load_run(tiny_run).scores() == {}
 

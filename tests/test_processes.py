@@ -53,7 +53,7 @@ def start(workdir, count, devices, *overrides):
 def run(workdir, count, devices, *overrides):
     running = start(workdir, count, devices, *overrides)
     for k, process in enumerate(running):
-        assert process.wait(timeout=280) == 0, pathlib.Path(f"{workdir}.{k}.log").read_text()[-4000:]
+        assert process.wait(timeout=560) == 0, pathlib.Path(f"{workdir}.{k}.log").read_text()[-4000:]
     return workdir
 
 
