@@ -8,7 +8,7 @@ import sys
 import threading
 import traceback
 
-from sorax import backend, cli_data, cli_plan
+from sorax import backend, cli_data, cli_evaluate, cli_plan
 from sorax.errors import UserError
 
 
@@ -116,17 +116,6 @@ def _parse(argv):
                         help="keep the final latents [B, t, h, w, C], normalised, as before decoding")  # fmt: skip
     sample.add_argument("--out", default="sample.mp4", help=".mp4, .gif or .png; several prompts are numbered")
 
-    evaluate = verb(evaluate_verb, "evaluate", "score a run against exact ground truth, or a VAE by its copies")
-    evaluate.add_argument("--run", required=True, dest="workdir", help="run folder, or a diffusers folder with a VAE")
-    evaluate.add_argument("--out", default="report", help="folder for scores.json, scores.md and pictures (default: "
-                          "%(default)s); in RUN/report, the model card of an export quotes them")  # fmt: skip
-    evaluate.add_argument("--clips", type=int, default=None, help="clips of each split (default: the config's)")
-
-    evaluate.add_argument("--data", default="", help="of a VAE: folder of videos, or world (default: the run's data)")
-    evaluate.add_argument("--data.KEY=VALUE", dest="_", help="override a key of it, such as --data.max_tokens=4096")
-    evaluate.add_argument("--lpips", default="", metavar="FILE", help="of a VAE: LPIPS weights, see sorax/lpips.py")
-    evaluate.set_defaults(takes_overrides=True, prefix="--data.")
-
     export = verb(export_verb, "export", "write the networks of a run, or its VAE alone, for other programs")
     export.add_argument("--run", required=True, dest="workdir", help="run folder, of a VAE for the VAE alone")
     export.add_argument("--out", required=True, help="new folder")
@@ -154,6 +143,7 @@ def _parse(argv):
                           "is in what is sampled and exported, and training goes on with it")  # fmt: skip
 
     cli_data.add_verbs(verbs)
+    cli_evaluate.add_verb(verbs, _several)
     cli_plan.add_verb(verbs)
 
     arguments, rest = parser.parse_known_args(argv)
@@ -236,7 +226,8 @@ def quickstart(arguments, _):
     report, exported = os.path.join(workdir, "report"), os.path.join(workdir, "diffusers")
     train(config.load_config(path, complete=complete), workdir)
     if not os.path.exists(os.path.join(report, "scores.json")):
-        _evaluate(workdir, report, None)
+        backend.keep_programs()
+        cli_evaluate.evaluate(workdir, report)
     if not os.path.exists(exported):
         _export(workdir, exported, "diffusers", "auto", "ema")
     minutes, seconds = divmod(int(time.monotonic() - began), 60)
@@ -314,22 +305,6 @@ def _read_noise(path, count):
         raise UserError(f"--noise {path!r} holds {noise.dtype} {list(noise.shape)}: it must be floats "
                         f"[{count}, t, h, w, C], one noise a prompt")  # fmt: skip
     return list(noise)
-
-
-def evaluate_verb(arguments, overrides):
-    _evaluate(arguments.workdir, arguments.out, arguments.clips, data=arguments.data, overrides=overrides,
-              lpips=arguments.lpips)  # fmt: skip
-
-
-def _evaluate(workdir, out, clips, **settings):
-    from sorax import evaluate
-
-    if clips is not None and clips < 1:
-        raise UserError(f"--clips {clips}: score at least 1 clip of each split")
-    backend.keep_programs()
-    scores = evaluate.evaluate_folder(workdir, out, num_clips=clips, **settings)
-    print("\n".join(evaluate.summary_lines(scores)))
-    print(f"report: {out}")
 
 
 def import_verb(arguments, _):

@@ -60,19 +60,31 @@ def evaluate_folder(
     if kind_of(path) != "dit":
         return evaluate_vae(path, out, num_clips=num_clips, data=data, overrides=overrides, lpips=lpips)
     run = load_run(path, weights)
-    own = run.config.data.get("path") or run.config.data.get("mixture")
-    if lpips or (own and (data or overrides)):
-        raise UserError(f"{path!r} is a text-to-video run, which is scored on its own data and without LPIPS: --data "
-                        "and --lpips are for a VAE, name its folder with --run")  # fmt: skip
-    if not own:
-        if not data:
-            raise UserError(f"{path!r} has imported weights and no data to score them on: add --data FOLDER of videos "
-                            "(its VAE is scored), or --data world (prompts too)")  # fmt: skip
-        config = run.config.copy_and_resolve_references()
-        with config.unlocked():
-            config.data = data_section(config.data, data, overrides, path)
-        run = dataclasses.replace(run, config=config)
+    if lpips:
+        raise UserError(f"{path!r} is a text-to-video run, which is scored without LPIPS: --lpips is for a VAE, "
+                        "name its folder with --run")  # fmt: skip
+    run = with_data(run, data, overrides)
     return evaluate_run(run, out, num_clips=num_clips, **settings)
+
+
+def with_data(run: Run, data: str = "", overrides=()) -> Run:
+    """A run of imported weights, which has no data of its own, with data to score it on; any other as it is.
+
+    Raises:
+        UserError: a run with data of its own was given other data, or one without was given none.
+    """
+    if run.config.data.get("path") or run.config.data.get("mixture"):
+        if data or overrides:
+            raise UserError(f"{run.workdir!r} is scored on its own data: --data is for a VAE (name its folder with "
+                            "--run) and for imported weights")  # fmt: skip
+        return run
+    if not data:
+        raise UserError(f"{run.workdir!r} has imported weights and no data to score them on: add --data FOLDER of "
+                        "videos (its VAE is scored), or --data world (prompts too)")  # fmt: skip
+    config = run.config.copy_and_resolve_references()
+    with config.unlocked():
+        config.data = data_section(config.data, data, overrides, run.workdir)
+    return dataclasses.replace(run, config=config)
 
 
 def evaluate_run(

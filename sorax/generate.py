@@ -115,6 +115,12 @@ class Generator:
         self._sample = jax.jit(functools.partial(sample_rows, networks, **options), out_shardings=place,
                                static_argnames=("num_samples", "guided"))  # fmt: skip
 
+    def placed(self, params: dict) -> dict:
+        """Other parameters of the same networks, on the devices that these are on: what `params` may be set to."""
+        if self.mesh is None:
+            return params
+        return jax.device_put(params, sharding.shardings_for(params, self.mesh))
+
     def videos(self, requests, **settings) -> list[np.ndarray]:
         """Videos uint8 `[T, H, W, 3]` of requests; settings as `latents` takes them."""
         return self.codec.decode(self.latents(requests, **settings))

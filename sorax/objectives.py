@@ -15,6 +15,7 @@ from sorax import config as config_lib
 from sorax import flops, media, processes, read_weights, sharding
 from sorax import lora as lora_lib
 from sorax.discriminator import DiscriminatorConfig
+from sorax.dit import DiTConfig
 from sorax.dit_data import prepare_data, prepare_vae
 from sorax.dit_task import FlowConfig, check_networks, check_rows, dit_task
 from sorax.encode import Codec
@@ -22,6 +23,8 @@ from sorax.errors import UserError
 from sorax.generate import Generator, Request
 from sorax.optim import OptimConfig
 from sorax.runs import start_adapters, start_params
+from sorax.text import TextConfig
+from sorax.vae import VAEConfig
 
 VALIDATION_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
@@ -151,12 +154,14 @@ def make_objective(config, workdir: str, mesh) -> Objective:
 
 
 def complete(config):
-    """Adds to an experiment what it leaves to its defaults; the sections that make a network are whole already."""
+    """Adds to an experiment what it leaves to its defaults."""
     from sorax.train import CheckpointConfig, TrainConfig
 
     sections = dict(data=DataConfig, optim=OptimConfig, train=TrainConfig, checkpoint=CheckpointConfig, eval=EvalConfig,
                     loss=VAELossConfig, flow=FlowConfig, lora=lora_lib.LoRAConfig, discriminator=DiscriminatorConfig,
                     discriminator_optim=OptimConfig, mesh=sharding.MeshConfig)  # fmt: skip
+    if config.get("kind") in ("vae", "dit"):
+        sections |= dict(vae=dict(model=VAEConfig), dit=dict(model=DiTConfig, text=TextConfig))[config.kind]
     own = dict(vae=dict(init="", discriminator={}, discriminator_optim=DISCRIMINATOR_OPTIM), dit=dict(init="", lora={}))
     with config.unlocked():
         for name, value in own.get(config.get("kind"), {}).items():

@@ -70,6 +70,11 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def count() -> int:
+    """How many processes work together."""
+    return jax.process_count()
+
+
 def wait(name: str):
     """Returns when all processes have called it with this name."""
     if jax.process_count() > 1:

@@ -16,7 +16,7 @@ from data_pipelines.latent_writer import splits
 from data_pipelines.sources import open_source
 from data_pipelines.text_tokens import Tokenizer
 from sorax import config as config_lib
-from sorax import convert, functional, lora_files, read_weights
+from sorax import convert, functional, lora_files, read_weights, sharding
 from sorax import lora as lora_lib
 from sorax.checkpoint import Checkpoints
 from sorax.convert import Networks
@@ -49,10 +49,21 @@ class Run:
     def codec(self) -> Codec:
         return Codec(self.networks.vae_config, self.networks.vae)
 
-    def generator(self) -> Generator:
-        """Sampler of this run's networks."""
+    def generator(self, mesh=None) -> Generator:
+        """Sampler of this run's networks, in float32; over the devices of a mesh of this process's own."""
         n = self.networks
-        return Generator(n.dit_config, n.dit, n.text_config, n.text, self.tokenizer, self.codec)
+        codec = Codec(n.vae_config, n.vae, mesh=mesh)
+        dit, text = n.dit, n.text
+        if mesh is not None:
+            params = dict(dit=dit, text=text)
+            like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float32), params)
+            places = jax.tree.map(
+                lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), like,
+                sharding.shardings_for(like, mesh)
+            )  # fmt: skip
+            params = read_weights.place(params, places)
+            dit, text = params["dit"], params["text"]
+        return Generator(n.dit_config, dit, n.text_config, text, self.tokenizer, codec, mesh)
 
     def sampling(self) -> dict:
         """How this run's videos are made: num_steps, solver, guidance_scale and shift."""
