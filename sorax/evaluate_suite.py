@@ -57,7 +57,8 @@ def verify_world(run: Run, out: str, *, units: int = 3, seed: int = 0) -> list[s
     """
     there = read_described(out)
     if there.get("suite") != "world":
-        raise UserError(f"{out!r} is a report of the suite {there.get('suite')!r}: only the world suite's can be verified")
+        raise UserError(f"{out!r} is a report of the suite {there.get('suite')!r}: only those of the world suite can "
+                        "be verified")  # fmt: skip
     described, parts, _ = _prepare(run, Counts(**there["counts"]), there["sampling"])
     differ = [k for k in sorted(described.keys() | there.keys()) if described.get(k) != there.get(k)]
     if differ:

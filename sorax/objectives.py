@@ -25,6 +25,7 @@ from sorax.optim import OptimConfig
 from sorax.runs import start_adapters, start_params
 from sorax.text import TextConfig
 from sorax.vae import VAEConfig
+from sorax.watch import watched_prompts
 
 VALIDATION_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
@@ -132,6 +133,7 @@ class EvalConfig:
     solver: str = "euler"  # or unipc, dpm++
     guidance_scale: float = 3.0
     num_clips: int = 64  # of each split, for `sorax evaluate`
+    num_prompts: int = 16  # of the world: test prompts whose clips are judged with the validation loss, as curves
 
 
 # Adam as GANs use it: a short memory of gradients whose target moves.
@@ -254,6 +256,8 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
             made["lora"] = read_weights.place(start_adapters(config, workdir), params["lora"])
         return params | made
 
+    watched = watched_prompts(data, vae_config, model.patch_size, evaluation.num_prompts)
+
     def evaluate(state, step, folder):
         params, metrics = state.ema_params, {}
         batch = sharding.put_batch(next(make_loader(val_rows, **loader_options(mesh))), mesh)
@@ -269,9 +273,15 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
         some = range(min(evaluation.num_videos, len(val_examples)))
         shapes = val_examples.video_shapes.tolist()
         requests = [Request(val_examples.caption(i), *shapes[i], seed=i) for i in some]
-        latents = generator.latents(requests, num_steps=evaluation.num_steps, solver=evaluation.solver,
-                                    guidance_scale=evaluation.guidance_scale, shift=task.flow.sample_shift)  # fmt: skip
+        asked = watched.requests() if watched else []
+        latents = generator.latents(
+            requests + asked, num_steps=evaluation.num_steps, solver=evaluation.solver,
+            guidance_scale=evaluation.guidance_scale, shift=task.flow.sample_shift,
+        )  # fmt: skip
         made = codec.decode(latents) if processes.is_first() else []  # who writes them down
+        if made and watched:
+            metrics |= watched.rates(made[len(some) :])
+        made = made[: len(some)]
         write_samples(folder, step, made, [r.prompt for r in requests])
         videos = {f"sample/{i}": video for i, video in enumerate(made)}
         return metrics, videos, float(val_examples.fps[0])
