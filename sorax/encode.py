@@ -24,6 +24,7 @@ from sorax.vae import VAE, VAEConfig
 
 ENCODE, DECODE = 0, 1  # which of `stream.programs`
 PIXELS_A_BATCH = 1 << 19  # of a device: bounds the memory of encoding and decoding
+ITEMS_A_DEVICE = 8  # at most: more of them gain nothing
 CLIPS_A_BATCH = 16  # of a device, when shards are written: more are no faster, and leave more of the last batch empty
 READ_AHEAD_BYTES = 256 << 20  # of videos decoded before they are encoded
 MAX_CAPTIONS = 100_000  # that a survey keeps, for a tokenizer to be trained on
@@ -171,7 +172,8 @@ class Codec:
             groups.setdefault((item.shape, item.dtype), []).append(i)
         for members in groups.values():
             shape = self._video_shape(way, items[members[0]].shape[:3])
-            size = self.batch_size(shape, min(64, -(-len(members) // self._parts)))
+            # As many a device however many there are: the same program, and so the same numbers to the bit.
+            size = self.batch_size(shape, min(ITEMS_A_DEVICE, len(members)))
             for start in range(0, len(members), size):
                 some = members[start : start + size]
                 # The last batch repeats its last item, so that a shape compiles once.

@@ -22,7 +22,8 @@ from sorax.sampler import guide, integrate, make_solver
 from sorax.text import PAD_ID, TextConfig, TextEncoder, slot_bias
 
 ROW_TOKENS = 512  # rows are this long, or as long as the longest request
-ROWS_A_BATCH = 16
+TOKENS_A_DEVICE = 8192  # at a time, where rows are short
+ROWS_A_DEVICE = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +160,8 @@ class Generator:
 
         results, count = [None] * len(requests), len(rows.plan(0))
         parts = 1 if self.mesh is None else sharding.batch_parts(self.mesh)
-        size = _round_up(min(ROWS_A_BATCH, count), parts)
+        # As many a device however many there are: the same program, and so the same numbers to the bit.
+        size = parts * min(max(1, TOKENS_A_DEVICE // rows.row_tokens), ROWS_A_DEVICE, count)
         for start in range(0, count, size):
             indices = [min(i, count - 1) for i in range(start, start + size)]  # the last batch repeats its last row
             batch = _stack([rows[i] for i in indices])

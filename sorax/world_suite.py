@@ -96,7 +96,7 @@ class Makers:
     def chunk(self, shape) -> int:
         """Cases of a unit of videos of this shape (T, H, W)."""
         latents = self.generator.codec.config.latent_shape(*shape)
-        return int(np.clip(CHUNK_TOKENS // num_tokens(latents, self.generator.dit_config.patch_size), 1, 64))
+        return int(np.clip(CHUNK_TOKENS // num_tokens(latents, self.generator.dit_config.patch_size), 8, 64))
 
 
 def open_world(run) -> World:
