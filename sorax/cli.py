@@ -92,7 +92,8 @@ def _parse(argv):
     encode.add_argument("--out", default="", help="folder of the latents; train with --config.data.path=shards:FOLDER")
     encode.add_argument("--shards", type=int, default=0, help="number of files (default: as many as stay below 256 MB)")
     encode.add_argument("--tokenizer", default="",
-                        help="folder with the one to use, or bytes (default: config.data.tokenizer)")  # fmt: skip
+                        help="bytes, bpe (trained on the captions), or a folder with one (default: "
+                        "config.data.tokenizer)")  # fmt: skip
     encode.add_argument("--verify", default="", metavar="FOLDER", help="check latents that are there; writes nothing")
     _several(encode)
     encode.add_argument("--config.KEY=VALUE", dest="_", help="override any key, such as --config.data.path=FOLDER")

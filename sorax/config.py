@@ -16,6 +16,7 @@ import ml_collections
 from sorax.errors import UserError
 
 CONFIG_FILE = "config.json"
+TRAINED_TOKENIZER = "tokenizer.json"
 IMPORTED = "imported"  # folder of a run that `sorax import` made: the weights
 # What may change when a run is continued: how long, how often, where to; never what is learned from what.
 MAY_CHANGE = ("train.steps", "train.log_every", "checkpoint", "eval", "mesh")
@@ -164,6 +165,8 @@ def save_config(config, workdir: str, complete, *, write: bool = True):
         there = read_config(workdir)
         complete(there)
         old, new = flatten(there), flatten(config)
+        if os.path.exists(os.path.join(workdir, TRAINED_TOKENIZER)):  # which older runs called ""
+            old = {k: "bpe" if (k, v, new.get(k)) == ("data.tokenizer", "", "bpe") else v for k, v in old.items()}
         keys = sorted(set(old) | set(new))
         differ = [k for k in keys if old.get(k) != new.get(k) and not _may_change(k)]
         if differ:
@@ -179,7 +182,7 @@ def _has_work(workdir):
     """Whether a run folder holds what depends on its config: a checkpoint, of its VAE at least, or a tokenizer that was
     trained on its captions (that of an imported run came with it)."""
     folder = pathlib.Path(workdir)
-    made = ["checkpoints/*", "vae/checkpoints/*"] + ([] if (folder / IMPORTED).is_dir() else ["tokenizer.json"])
+    made = ["checkpoints/*", "vae/checkpoints/*"] + ([] if (folder / IMPORTED).is_dir() else [TRAINED_TOKENIZER])
     return any(any(folder.glob(pattern)) for pattern in made)
 
 

@@ -14,7 +14,7 @@ from jax.sharding import SingleDeviceSharding
 from data_pipelines.latent_shards import LatentShards, is_shards, shards_folder
 from data_pipelines.latent_writer import splits
 from data_pipelines.sources import open_source
-from data_pipelines.text_tokens import Tokenizer
+from data_pipelines.text_tokens import BPE, Tokenizer
 from sorax import config as config_lib
 from sorax import convert, functional, lora_files, read_weights
 from sorax import lora as lora_lib
@@ -219,10 +219,11 @@ def start_adapters(config, workdir: str):
 
 
 def start_tokenizer(config, workdir: str) -> str:
-    """The folder of the tokenizer that a run's text encoder was trained with, where it starts from `config.init`; ""
-    where it does not, or `config.data.tokenizer` says otherwise."""
-    if not config.get("init") or config.data.get("tokenizer"):
-        return config.data.get("tokenizer") or ""
+    """The tokenizer that a run is to have, in the words of `Tokenizer.wanted`: `config.data.tokenizer` or, where that
+    is "" or "bpe", the one that the text encoder of `config.init` was trained with, if there is one."""
+    wanted = config.data.get("tokenizer") or ""
+    if not config.get("init") or wanted not in ("", BPE):
+        return wanted
     folder = _inside(workdir, config.init)
     is_pipeline = os.path.isfile(os.path.join(folder, "model_index.json"))
     return os.path.join(folder, "tokenizer") if is_pipeline else folder
