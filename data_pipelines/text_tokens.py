@@ -137,8 +137,10 @@ class Tokenizer:
         if name in ("", BYTES):
             tokenizer = cls.of_bytes()
             if tokenizer.vocab_size > vocab_size:
-                raise UserError(f"the tokenizer of bytes has {tokenizer.vocab_size} tokens, but config.text.vocab_size "
-                                f"is {vocab_size}: set it to at least that, or config.data.tokenizer to another")
+                raise UserError(
+                    f"the tokenizer of bytes has {tokenizer.vocab_size} tokens, but config.text.vocab_size is "
+                    f"{vocab_size}: set it to at least that, or config.data.tokenizer to another"
+                )
             return tokenizer
         if not os.path.isdir(name):
             raise UserError(f"config.data.tokenizer is {name!r}: use {BYTES}, {BPE} or a folder with a tokenizer")

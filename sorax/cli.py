@@ -345,9 +345,11 @@ def export_verb(arguments, _):
     size = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG])I?B?", arguments.max_shard_size.upper())
     if not size or not float(size[1]):
         raise UserError(f"--max-shard-size {arguments.max_shard_size!r} is no size: write for example 5GB")
-    from sorax import processes
+    from sorax import export, processes
 
     processes.start(arguments.coordinator, arguments.processes, arguments.process)
+    if processes.is_first():
+        export.check_is_free(arguments.out)  # before minutes are spent on reading weights
     limit = int(float(size[1]) * {"K": 10**3, "M": 10**6, "G": 10**9}[size[2]])
     if arguments.lora == "adapter":
         _export_lora(arguments)

@@ -148,6 +148,22 @@ def flatten(config, prefix="") -> dict:
     return flat
 
 
+def published(config):
+    """A config, or a value of one, as it may be shown to anybody: of a path on somebody's disk its last part alone.
+
+    `wan/imported` stays for the weights that a run imported; names of TFDS data sets stay whole.
+    """
+    if hasattr(config, "items"):
+        return {key: published(value) for key, value in config.items()}
+    if isinstance(config, (list, tuple)):
+        return type(config)(map(published, config))
+    if not isinstance(config, str) or "/" not in config or config.startswith("tfds:"):
+        return config
+    kind = "shards:" if config.startswith("shards:") else ""
+    *above, name = pathlib.PurePosixPath(os.path.normpath(config.removeprefix(kind))).parts
+    return kind + (f"{above[-1]}/{name}" if name == IMPORTED and above else name)
+
+
 def save_config(config, workdir: str, complete, *, write: bool = True):
     """Writes the config of a new run, or checks that an existing run has the same.
 

@@ -136,8 +136,8 @@ def prepare_tokenizer(captions, vocab_size: int, folder: str, wanted: str = "") 
     if Tokenizer.is_in(folder):
         tokenizer = Tokenizer.load(folder, vocab_size)
         if not _is_wanted(tokenizer, wanted, vocab_size):
-            raise UserError(f"{folder} has another tokenizer ({tokenizer.file}) than {wanted!r}, which "
-                            "config.data.tokenizer or the weights of config.init ask for: use another folder")
+            raise UserError(f"{folder} has another tokenizer ({tokenizer.file}) than {wanted!r}, which config.data."
+                            "tokenizer or the weights of config.init ask for: use another folder")  # fmt: skip
         return tokenizer
     tokenizer = Tokenizer.wanted(wanted, captions, vocab_size)
     if processes.is_first():

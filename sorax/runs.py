@@ -102,17 +102,19 @@ class Run:
         return collections.Counter(shapes).most_common(1)[0][0]
 
     def metadata(self, weights: str) -> dict:
-        """What a model card says of the run; its scores, if this step was evaluated into the folder's `report/`."""
+        """What a model card and provenance.json say of the run, of paths the last part alone; its scores, if this step
+        was evaluated into the folder's `report/`."""
         frames, height, width, fps = self.usual_shape()
         how = self.sampling()
         sample = dict(prompt="a red circle moving right", height=height, width=width, num_frames=frames, fps=fps,
                       num_steps=how["num_steps"], guidance_scale=how["guidance_scale"])  # fmt: skip
         data = self.config.data
         paths = [part["path"] for part in data.get("mixture") or ()] or [data.path]
-        sentence = ", ".join(f"`{path}`" for path in paths if path) or "Unknown: these are imported weights."
+        paths = [config_lib.published(path) for path in paths if path]
+        sentence = ", ".join(f"`{path}`" for path in paths) or "Unknown: these are imported weights."
         return dict(name=os.path.basename(os.path.abspath(self.workdir)), step=self.step, weights=weights,
-                    config=self.config.to_dict(), data=sentence, data_plan=self.data_plan, sample=sample,
-                    given_frames=self.gives_frames, scores=self.scores())  # fmt: skip
+                    config=config_lib.published(self.config.to_dict()), data=sentence, data_plan=self.data_plan,
+                    sample=sample, given_frames=self.gives_frames, scores=self.scores())  # fmt: skip
 
     def scores(self) -> dict[str, str]:
         """The main scores of `report/scores.json` in words; empty where it is missing or of another step."""
