@@ -72,6 +72,8 @@ class DataConfig:
     max_tokens, max_frames, fps: videos are cut and scaled to these; see `Fit`.
     val_path, val_split: what validation looks at, read like path and split. Where both are "", it is the world's own
     test split, the split "val" of latent shards that have one, and else the first val_samples training samples.
+    tokenizer (DiT): "bytes" (ByT5's), "bpe" (trained on the captions, of at most text.vocab_size tokens) or a folder
+    with one. "" is bytes; where config.init has a tokenizer, "" and "bpe" are that.
     """
 
     path: str = "world"
@@ -102,7 +104,7 @@ class DataConfig:
     max_segments: int = 64
     val_samples: int = 64
     ranks: int = 0  # shares of a batch that have equal cost; 0: as many as the mesh has when the run starts
-    tokenizer: str = ""  # folder with one, or "bytes" (ByT5's); "": BPE, trained on the captions
+    tokenizer: str = ""
     text_embeds: bool = False  # keep captions' embeddings beside the latents, and train without the frozen text encoder
     posterior: str = "mean"  # of latents: "mean", or "sample" for a new draw each time that a sample comes
 
