@@ -39,9 +39,10 @@ tr:has(.me) td,tr:has(.me) td:first-child{background:color-mix(in srgb,var(--acc
 .scores small{display:block;color:var(--ink-2);font-size:12px;line-height:1.35}.scores .none{padding:0;text-align:right}
 .scores i.dot{display:inline-block;width:9px;height:9px;border-radius:3px;margin-right:8px}
 .plots{margin-top:20px}.plots:empty{display:none}figure.wide{grid-column:1/-1}
-.columns{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(300px,100%),1fr));gap:4px 26px}
+.columns{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(330px,100%),1fr));gap:4px 26px}
 .keys{display:flex;flex-wrap:wrap;gap:2px 16px;margin:2px 0 6px;
-font-size:12.5px;color:var(--ink-2)}.keys svg,figure .keys svg{width:auto;display:inline-block;margin-right:6px;vertical-align:-1px}
+font-size:12.5px;color:var(--ink-2)}.keys svg,figure .keys svg{width:auto;display:inline-block;margin-right:6px;
+vertical-align:-1px}
 .chart text{font-size:11.5px;fill:var(--ink-2);text-anchor:middle}.chart .name{fill:var(--ink);text-anchor:start;
 font-size:12px;font-weight:500}.chart .note{text-anchor:end;font-variant-numeric:tabular-nums}
 .chart .start{text-anchor:start}.chart .end{text-anchor:end}
@@ -49,6 +50,7 @@ font-size:12px;font-weight:500}.chart .note{text-anchor:end;font-variant-numeric
 .chart .whisker{stroke:var(--ink);stroke-width:1.2;fill:none;opacity:.75}
 .gallery h3{margin:26px 0 2px}.gallery .remark{margin:0 0 12px}
 .cases{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(352px,100%),1fr));gap:14px}
+.cases.wide{grid-template-columns:repeat(auto-fill,minmax(min(524px,100%),1fr))}
 .few>:nth-child(n+7){display:none}.more{margin-top:14px}
 .case{border:1px solid var(--line);border-radius:10px;padding:11px 12px 10px;min-width:0;content-visibility:auto;
 contain-intrinsic-size:auto 330px}
@@ -60,8 +62,8 @@ background-size:calc(var(--c)*100%) calc(var(--r)*100%);image-rendering:pixelate
 box-shadow:0 0 0 1px var(--line);overflow:hidden}
 .stage.right{box-shadow:0 0 0 2px var(--good)}.stage.wrong{box-shadow:0 0 0 2px var(--bad)}
 .clip .marks{position:absolute;inset:0;width:100%;height:100%}
-.marks circle{fill:none;stroke:#ff2d1a;stroke-width:.022;filter:drop-shadow(0 0 .01px #fff)}
-.marks text{font:700 .09px system-ui,sans-serif!important;fill:#ff2d1a;stroke:#fff;stroke-width:.03;paint-order:stroke;
+.marks circle{fill:none;stroke:#ff2d1a;filter:drop-shadow(0 0 .01px #fff)}
+.marks text{font-weight:700;font-family:system-ui,sans-serif!important;fill:#ff2d1a;stroke:#fff;paint-order:stroke;
 stroke-linejoin:round}
 .time{position:relative;height:4px;border-radius:2px;background:var(--well);margin:9px 0 3px}
 .time b{position:absolute;top:-2px;width:3px;height:8px;margin-left:-1px;border-radius:2px;background:var(--ink)}
@@ -75,13 +77,14 @@ stroke-linejoin:round}
 .chips button{font-size:12.5px;padding:1px 9px;border-radius:20px}.chips small{color:var(--ink-2)}
 .case .facts{color:var(--ink-2);font-size:11.5px;overflow-wrap:anywhere}
 .better{color:var(--good);font-weight:600}.worse{color:var(--bad);font-weight:600}.same{color:var(--ink-2)}
-.empty{color:var(--ink-2);font-size:13.5px}
+.counts{margin-top:16px}.counts .about{margin:0 0 4px;font-size:13.5px}.value .better,.value .worse{font-weight:600}
 @media (max-width:640px){header,main{padding:0 12px}section{padding:16px 12px}.controls{margin:0 -12px 14px;
 padding:7px 12px;
 gap:6px}.controls select{flex:1 1 40%;min-width:0;max-width:none}.controls label{flex:1 1 40%;min-width:0;display:flex}
 h1{font-size:23px}.plots{grid-template-columns:minmax(0,1fr)}.tiles.heads{grid-template-columns:1fr}
 .tile .label b{min-height:0}table.scores :is(td,th):first-child{white-space:normal;max-width:104px;padding-right:10px}}
-@media print{.controls,.more{display:none}.few>:nth-child(n+7){display:block}section.part{content-visibility:visible}}
+@media print{.controls,.more{display:none}
+.few>:nth-child(n+7){display:block}section.part{content-visibility:visible}}
 """
 )
 

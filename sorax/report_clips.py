@@ -104,7 +104,8 @@ def stage(title: str, video: np.ndarray, *, start: int = 0, events=(), verdict: 
     uri, columns, rows = sprite(video)
     T, H, W, _ = video.shape
     scale = max(1, SIDE // max(H, W))
-    width = min(W * scale, round(W * SIDE / max(H, W)))
+    width = min(W * scale, round(W * SIDE / max(H, W)))  # pixels of a screen
+    marks = _marks(events, H, W, start, width * min(H, W) / W)
     style = f"--c:{columns};--r:{rows};width:{width}px;aspect-ratio:{W}/{H};{_position(start, columns, rows)}"
     style += f";background-image:url({uri})"
     css = {None: "stage", True: "stage right", False: "stage wrong"}[verdict]
@@ -112,7 +113,7 @@ def stage(title: str, video: np.ndarray, *, start: int = 0, events=(), verdict: 
     return (
         f"<figure class=clip><figcaption><span>{escape(title, 60)}</span></figcaption>"
         f'<div class="{css}" role=img aria-label="{escape(label)}" data-n={T} data-c={columns} data-r={rows} '
-        f'style="{style}">{_marks(events, H, W, start)}</div></figure>'
+        f'style="{style}">{marks}</div></figure>'
     )
 
 
@@ -121,27 +122,29 @@ def _position(frame, columns, rows):
     return f"background-position:{100 * x / max(columns - 1, 1):.4f}% {100 * y / max(rows - 1, 1):.4f}%"
 
 
-def _marks(events, height, width, start):
-    """Rings with a word each, in units of the frame's shorter side; the script shows those of the frame in view."""
+def _marks(events, height, width, start, pixels):
+    """Rings with a word each; the script shows those of the frame in view. pixels: of the shorter side as shown."""
     if not events:
         return ""
-    right, bottom = width / min(height, width), height / min(height, width)
-    drawn, used = [], {}
+    right, bottom = (side / min(height, width) for side in (width, height))  # the unit is the frame's shorter side
+    line, drawn, used = 12 / pixels, [], {}
     for event in events:
         frame = int(event["frame"])
         x = min(max(float(event["x"]), 0.03), right - 0.03)
         y = min(max(float(event["y"]), 0.03), bottom - 0.03)
-        at = y - 0.11 if y > 0.22 else y + 0.18
-        while any(abs(at - other) < 0.1 for other in used.get(frame, ())):
-            at += 0.11  # words of one frame stand below each other
+        at = y - line if y > 2.2 * line else y + 1.9 * line
+        while any(abs(at - other) < 0.9 * line for other in used.get(frame, ())):
+            at += line  # words of one frame stand below each other
         used.setdefault(frame, []).append(at)
         anchor = "start" if x < 0.3 * right else "end" if x > 0.7 * right else "middle"
         here = "" if frame == start else " hidden"
         drawn.append(
-            f'<g data-frame="{frame}"{here}><circle cx="{x:.3f}" cy="{y:.3f}" r=".075" />'
+            f'<g data-frame="{frame}"{here}><circle cx="{x:.3f}" cy="{y:.3f}" r="{0.8 * line:.4f}" />'
             f'<text x="{x:.3f}" y="{at:.3f}" text-anchor="{anchor}">{escape(event["kind"], 20)}</text></g>'
         )
-    return f'<svg class=marks viewBox="0 0 {right:.4f} {bottom:.4f}" aria-hidden=true>{"".join(drawn)}</svg>'
+    style = f"font-size:{line:.4f}px;stroke-width:{0.22 * line:.4f}px"
+    box = f"0 0 {right:.4f} {bottom:.4f}"
+    return f'<svg class=marks viewBox="{box}" style="{style}" aria-hidden=true>{"".join(drawn)}</svg>'
 
 
 def first_event(events, num_frames: int) -> int:

@@ -11,7 +11,7 @@ from data_pipelines.report_page import document, escape, percent, table
 from sorax import config as config_lib
 from sorax.report_assets import SCRIPT, STYLE
 from sorax.report_clips import card, choose, first_event, ranked, read_videos, stage
-from sorax.report_svg import Lane, axis_of, color_of, curves, gauge, key, lanes
+from sorax.report_svg import Lane, axis_of, color_of, curves, gauge, key, lanes, line_key
 from sorax.score_report import writing
 
 PAGE = "index.html"
@@ -119,7 +119,13 @@ def cell_html(cell: dict | None) -> str:
     if not cell or cell["value"] is None:
         return f"<small class=none>{value_text(cell)}</small>"
     small = "".join(f"<small>{text}</small>" for text in (interval_text(cell), count_text(cell)) if text)
-    return f"<b>{escape(value_text(cell))}</b>{small}"
+    return f"<b>{value_text(cell, unit=False)}</b>{small}"
+
+
+def metric_head(title: str, cells) -> str:
+    """The head of a metric's column, with the unit of its cells."""
+    unit = next((unit_of(cell) for cell in cells if cell), "").strip()
+    return f"#{escape(title, 60)}{f'<small>{escape(unit, 20)}</small>' if unit else ''}"
 
 
 # --- Sections
@@ -131,10 +137,9 @@ class Filters:
     def __init__(self):
         self.words, self.counts, self.frames = {}, {}, 1
 
-    def add(self, failed, events, num_frames: int) -> str:
-        """Counts a case, and returns its words for the page's script."""
-        names = {("failed", "failed any check") if failed else ("passed", "passed all checks")}
-        names |= {("check", name) for name in failed} | {("event", event["kind"]) for event in events}
+    def add(self, failed, events, num_frames: int, *others: tuple[str, str]) -> str:
+        """Counts a case, and returns its words for the page's script; others: (group, text) of the page's own."""
+        names = {("check", name) for name in failed} | {("event", event["kind"]) for event in events} | set(others)
         self.frames = max(self.frames, num_frames)
         for name in sorted(names):
             self.words.setdefault(name, f"w{len(self.words)}")
@@ -144,7 +149,7 @@ class Filters:
     def options(self) -> str:
         """<option>s for all of them, in groups."""
         text = ""
-        groups = dict(failed="", passed="", check="failed check", event="event in the video")
+        groups = dict(all="", check="failed check", event="event in the video")
         for group, label in groups.items():
             items = "".join(
                 f'<option value="{self.words[name]}">{escape(name[1], 60)} ({count:,})</option>'
@@ -204,7 +209,7 @@ def _curves(series):
     for entry in series:
         names = {name: row_title(name) for name in entry["lines"]}
         picture = curves(entry["title"], entry["x_label"], entry["y_label"], entry["lines"])
-        legend = key(names, line=True) if len(names) > 1 else ""
+        legend = line_key(names) if len(names) > 1 else ""
         caption = f"{escape(entry['title'], 120)}<small>{escape(entry['y_label'], 80)}</small>"
         text += f"<figure><figcaption>{caption}</figcaption>{legend}{picture}</figure>"
     return text
@@ -227,7 +232,8 @@ def _scores_table(part):
         css = " class=me" if row == scored else ""
         first = f'<span{css}><i class=dot style="background:{color_of(row, i)}"></i>{escape(row_title(row), 60)}</span>'
         rows.append([first, *(cell_html(cells.get(metric)) for metric in part["metrics"])])
-    heads = ["", *(f"#{escape(title, 60)}" for title in part["metrics"].values())]
+    columns = {metric: [cells.get(metric) for cells in part["rows"].values()] for metric in part["metrics"]}
+    heads = ["", *(metric_head(title, columns[metric]) for metric, title in part["metrics"].items())]
     return table(heads, rows, "scores")
 
 
@@ -250,7 +256,7 @@ def _lanes(part, unit, better, members):
     for metric, cells in members.items():
         made = []
         for row, cell in cells.items():
-            rows[row] = row_title(row)
+            rows[row_title(row)] = color_of(row, places[row])
             hint = f"{row_title(row)}: {value_text(cell)} {interval_text(cell)}, {count_text(cell)}"
             made.append(Lane(cell["value"], cell.get("lo"), cell.get("hi"), hint, color_of(row, places[row])))
         mine = cells.get(scored)
@@ -267,15 +273,15 @@ def _lanes(part, unit, better, members):
     return lanes_figure(title, remark, rows, groups, axis)
 
 
-def lanes_figure(title: str, remark: str, rows: dict[str, str], groups: list, axis) -> str:
-    """A figure of lanes (see `sorax.report_svg.lanes`), many groups side by side in columns; rows: of its legend."""
-    count = min(3, math.ceil(len(groups) / 3))
-    ends = [round(i * len(groups) / count) for i in range(count + 1)]
+def lanes_figure(title: str, remark: str, colors: dict[str, str], groups: list, axis) -> str:
+    """A figure of lanes (see `sorax.report_svg.lanes`), many groups side by side in columns; colors: its legend."""
+    count = min(3, math.ceil(len(groups) / 4))
+    ends = [math.ceil(i * len(groups) / count) for i in range(count + 1)]
     some = [groups[a:b] for a, b in zip(ends, ends[1:])]
     pictures = "".join(lanes(f"{title}: {'; '.join(f'{a} {b}' for a, b, _ in part)}", part, axis) for part in some)
     wide = " class=wide" if count > 1 else ""
     return (
-        f"<figure{wide}><figcaption>{escape(title)}<small>{escape(remark)}</small></figcaption>{key(rows)}"
+        f"<figure{wide}><figcaption>{escape(title)}<small>{escape(remark)}</small></figcaption>{key(colors)}"
         f"<div class=columns>{pictures}</div></figure>"
     )
 
@@ -301,8 +307,10 @@ def _gallery(folder, part, filters, most_bytes):
         failed, events = case["failed"], case.get("events") or []
         facts = [f"{rank + 1:,} of {len(cases):,}, worst first", f"score {case.get('score') or 0:.2f}",
                  f"seed {case['seed']}", case["id"]]  # fmt: skip
-        made[rank] = card(stages, case, num_frames=frames, fps=fps, start=start, facts=facts,
-                          tokens=filters.add(failed, events, frames), lines=[(None, failed, events)])  # fmt: skip
+        whole = ("all", "failed any check" if failed else "passed all checks")
+        tokens = filters.add(failed, events, frames, whole)
+        made[rank] = card(stages, case, num_frames=frames, fps=fps, start=start, facts=facts, tokens=tokens,
+                          lines=[(None, failed, events)])  # fmt: skip
     shown = [sum(rank in made for rank in group) for group in groups]
     return gallery_html("Cases", _shown(shown, len(cases), len(every)), [made[rank] for rank in sorted(made)]), spent
 
@@ -329,14 +337,14 @@ def _shown(shown, kept, count):
     return f"{text}.{f' Of {kept:,} the videos were kept.' if kept < count else ''}"
 
 
-def gallery_html(title: str, remark: str, cards: list[str]) -> str:
+def gallery_html(title: str, remark: str, cards: list[str], wide: bool = False) -> str:
     """A title, how many of how many cases are shown, and their cards, of which the page unfolds the first ones."""
     more = f"Show all {len(cards)}"
     button = f'<button type=button class=more data-more="{more}" hidden>{more}</button>' if len(cards) > FIRST else ""
     return (
         f"<div class=gallery><h3>{title}</h3><p class=remark>{remark}<span class=found></span> "
         "Point at a video to play it; press an event to see its frame.</p>"
-        f"<div class=cases>{''.join(cards)}</div>{button}</div>"
+        f'<div class="cases{" wide" if wide else ""}">{"".join(cards)}</div>{button}</div>'
     )
 
 

@@ -51,13 +51,13 @@ class Axis:
         return start + (end - start) * min(max((value - lo) / ((hi - lo) or 1), 0), 1)
 
 
-def axis_of(lanes, *, label=short, zero=True, share=False) -> Axis:
+def axis_of(lanes, *, label=short, may_log=True, share=False) -> Axis:
     """An axis for all of the lanes: 0 to 1 for shares, logarithmic where positive values differ 30-fold."""
     if share:
         return Axis(0.0, 1.0, label, bars=True)
     values = [v for lane in lanes for v in (lane.value, lane.lo, lane.hi) if v is not None]
     middles = [lane.value for lane in lanes]
-    if zero and min(middles) > 0 and max(middles) / min(middles) > 30:
+    if may_log and min(middles) > 0 and max(middles) / min(middles) > 30:
         least = min(middles) / 2
         return Axis(max(min(values), least) if min(values) > 0 else least, max(values) * 1.1, label, log=True)
     lo, hi = min([*values, 0.0]), max([*values, 0.0])
@@ -188,17 +188,26 @@ def _line(name, number, points, across, up, box):
     return band, text
 
 
-def key(names: dict[str, str], line: bool = False) -> str:
-    """A legend: {row or line: its title}, in HTML."""
-    items = []
-    for i, (name, title) in enumerate(names.items()):
-        color, dash = color_of(name, i), _DASHES.get(name, "")
-        mark = f'<rect y="2" width="10" height="8" rx="2" fill="{color}" />'
-        if line:
-            mark = f'<path d="M0 6H22" stroke="{color}" stroke-width="2.4" stroke-dasharray="{dash}" />'
-        width = 22 if line else 10
-        items.append(f'<span><svg width="{width}" height="12" aria-hidden=true>{mark}</svg>{escape(title, 60)}</span>')
-    return f"<div class=keys>{''.join(items)}</div>"
+def key(colors: dict[str, str]) -> str:
+    """A legend of {title: CSS colour}, in HTML."""
+    return _legend(
+        (title, 10, f'<rect y="2" width="10" height="8" rx="2" fill="{color}" />') for title, color in colors.items()
+    )
+
+
+def line_key(names: dict[str, str]) -> str:
+    """A legend of `curves`, {line: its title} in their order, in HTML."""
+    marks = (f'stroke="{color_of(name, i)}" stroke-dasharray="{_DASHES.get(name, "")}"' for i, name in enumerate(names))
+    lines = (f'<path d="M0 6H22" stroke-width="2.4" {mark} />' for mark in marks)
+    return _legend((title, 22, line) for title, line in zip(names.values(), lines))
+
+
+def _legend(items):
+    text = "".join(
+        f'<span><svg width="{width}" height="12" aria-hidden=true>{mark}</svg>{escape(title, 60)}</span>'
+        for title, width, mark in items
+    )
+    return f"<div class=keys>{text}</div>"
 
 
 def gauge(value: float, lo: float, hi: float, marks: dict[str, float]) -> str:
