@@ -26,7 +26,8 @@ padding:5px 12px;cursor:pointer}button:hover{border-color:var(--accent)}
 a.tile{display:block;color:inherit;text-decoration:none}a.tile:hover{border-color:var(--accent)}
 .tile .label b{display:block;color:var(--ink);font-size:13.5px;font-weight:600;line-height:1.35;min-height:2.7em}
 .value i{font-size:15px;font-style:normal;font-weight:500;letter-spacing:0}
-.value small{font-size:13px;font-weight:400;letter-spacing:0;color:var(--ink-2);margin-left:8px}
+.value small{font-size:13px;font-weight:400;letter-spacing:0;color:var(--ink-2);margin-left:8px;display:inline-block;
+white-space:nowrap}
 .gauge{position:relative;height:8px;margin:7px 0 8px;border-radius:4px;background:var(--well)}
 .gauge *{position:absolute;top:0;bottom:0}.gauge b{background:var(--accent);opacity:.34;border-radius:4px;min-width:2px}
 .gauge i{width:2px;margin-left:-1px;top:-2px;bottom:-2px}.gauge u{width:8px;height:8px;margin-left:-4px;
@@ -179,9 +180,10 @@ for (const gallery of all(document, '.gallery')) {
 }
 
 if (controls) {
+  controls.hidden = false;
   const [part, check] = ['part', 'check'].map(name => controls.querySelector(`[name=${name}]`));
   const filter = () => {
-    for (const el of all(document, 'section.part')) el.hidden = part && part.value && part.value !== el.id;
+    for (const el of all(document, 'section.part')) el.hidden = part.value && part.value !== el.id;
     if (!check) return;
     const wanted = check.value;
     for (const item of cases) item.el.hidden = wanted !== '' && !item.has.includes(wanted);
@@ -196,5 +198,6 @@ if (controls) {
     }
   };
   [part, check].forEach(select => select && select.addEventListener('change', filter));
+  part.addEventListener('change', () => part.value && document.getElementById(part.value).scrollIntoView());
 }
 """

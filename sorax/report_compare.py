@@ -237,8 +237,8 @@ def _made(result):
     methods = [[f"<code>{name}</code>", escape(text)] for name, text in result["methods"].items()]
     remark = (
         f"Of {result['tests']:,} tests on this page, the chance that any of them calls significant what is chance "
-        f"is {100 * result['alpha']:g} % at most: p-values are corrected for their number by Holm's method. All numbers "
-        "are in compare.json, the tables in compare.txt."
+        f"is {100 * result['alpha']:g} % at most: p-values are corrected for their number by Holm's method. All "
+        "numbers are in compare.json, the tables in compare.txt."
     )
     return (
         f'<section id="made"><h2>How it was compared</h2>{runs}<h3>Tests</h3>{table(("", ""), methods, "facts")}'

@@ -171,7 +171,7 @@ def controls(parts: dict[str, str], filters: Filters) -> str:
             f'<input type=range min=0 max={filters.frames - 1} value=0 step=1 aria-label="Frame of all videos">'
             "<output></output></div>"
         )
-    return f"<div class=controls>{text}</div>"
+    return f"<div class=controls hidden>{text}</div>"  # for the script, which shows it
 
 
 def _heads(parts):

@@ -129,7 +129,7 @@ def curves(title: str, x_label: str, y_label: str, lines: dict) -> str:
         low = 0.0
     room = 0.05 * ((high - low) or abs(high) or 1)
     up = Axis(low - (room if low else 0), high + room)
-    left, right, top, bottom = 42, WIDTH - 14, 8, 200
+    left, right, top, bottom = 42, WIDTH - 20, 8, 200
     parts = []
     for value in up.ticks():
         y = up.place(value, bottom, top)
