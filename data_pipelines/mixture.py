@@ -11,7 +11,7 @@ from sorax.errors import UserError
 
 # What a part of `data.mixture` may set.
 PART_KEYS = (
-    "path", "weight", "world", "split", "data_dir", "video_key", "caption_key", "index", "fps", "max_frames",
+    "path", "weight", "world", "phyworld", "split", "data_dir", "video_key", "caption_key", "index", "fps", "max_frames",
     "min_frames", "max_tokens", "oversize",
 )  # fmt: skip
 
