@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 
 def get_phyworld():
-    return ConfigDict(dict(num_samples=8000, num_frames=33, size=64))
+    return ConfigDict(dict(num_samples=6000, num_frames=33, size=64))
 
 
 def get_vae():
@@ -19,17 +19,17 @@ def get_vae():
     config.kind = "vae"
     config.path = ""
     config.model = dict(
-        base_width=32, width_multipliers=(1, 2), num_res_blocks=1, latent_channels=6, temporal_downsample=(True,),
+        base_width=24, width_multipliers=(1, 2), num_res_blocks=1, latent_channels=6, temporal_downsample=(True,),
         pixel_patch=4,
     )  # fmt: skip
     config.loss = dict(l1=0.0, l2=1.0, kl=1e-5)
     config.data = dict(
-        path="phyworld", phyworld=get_phyworld(), batch=8, crop=(9, 0, 0),
+        path="phyworld", phyworld=get_phyworld(), batch=6, crop=(9, 0, 0),
         stages=(dict(steps=400, batch=32, crop=(1, 0, 0)),),
     )  # fmt: skip
     config.optim = dict(optimizer="muon", lr=2e-2, warmup_steps=20, final_lr=0.02, b2=0.99, ema_decay=0.99)
-    config.train = dict(steps=1800, seed=0, log_every=50)
-    config.checkpoint = dict(every=600, keep=1)
+    config.train = dict(steps=1200, seed=0, log_every=50)
+    config.checkpoint = dict(every=400, keep=1)
     config.mesh = dict(data=-1, fsdp=1, context=1, tensor=1)
     config.eval = dict(every=0, num_videos=4)
     return config
