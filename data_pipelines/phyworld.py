@@ -1,4 +1,4 @@
-"""The scenes of PhyWorld ("How Far is Video Generation from World Model", arXiv 2411.02385), drawn by the world's means.
+"""The scenes of PhyWorld ("How Far is Video Generation from World Model", arXiv 2411.02385), drawn as the world is.
 
 A world of 10 x 10 units, 10 frames a second, balls; a model is shown the first 3 of 32 frames and continues. Three
 motions, with the ranges and the placement of the generators that were released with the paper
@@ -27,7 +27,7 @@ from sorax.errors import UserError
 
 MOTIONS = ("uniform", "parabola", "collision")
 SPLITS = ("train", "test", "ood")
-EXTENT, FPS, GIVEN_FRAMES = 10.0, 10.0, 3
+EXTENT, FPS, NUM_FRAMES, GIVEN_FRAMES = 10.0, 10.0, 32, 3
 GRAVITY = 2.5  # of the parabola, in units / s^2
 CAPTIONS = {
     "uniform": "a ball moving at constant speed",
@@ -57,7 +57,7 @@ class PhyWorldConfig:
     split: str = "train"
     seed: int = 0
     num_samples: int = 10_000
-    num_frames: int = 32
+    num_frames: int = NUM_FRAMES
     size: int = 128
     motions: tuple[str, ...] = MOTIONS
     fps: ClassVar[float] = FPS

@@ -59,9 +59,9 @@ def open_source(data: Mapping[str, Any], **overrides: Any) -> Source:
     else is a folder. Samples of both are brought within those fields of `data_pipelines.fit.Fit` that the section has,
     by way of the index `index` if the section names one. With a `mixture`, `path` is not used: it is a list of
     sections, each with a `weight` and its own path, which have what they do not set from this one.
-    Overrides replace entries of the section that is used (of `world`, `phyworld` or `data`); those that mean nothing to a
-    folder or to the world are not passed on. Two more of them are `index_cache`, the folder where an index that has to
-    be made is kept, and `index_progress`, a function (done, to do) that is called meanwhile.
+    Overrides replace entries of the section that is used (of `world`, `phyworld` or `data`); those that mean nothing to
+    a folder or to the world are not passed on. Two more of them are `index_cache`, the folder where an index that has
+    to be made is kept, and `index_progress`, a function (done, to do) that is called meanwhile.
     Raises UserError for a setting that the source does not know or cannot use.
     """
     if data.get("mixture"):

@@ -40,7 +40,7 @@ class FlowConfig:
     caption_dropout: float = 0.1
     # weights of nothing given, first latent frame, last, both ends, first k
     given: tuple[float, float, float, float, float] = (0.6, 0.15, 0.05, 0.1, 0.1)
-    first_k: tuple[int, int] = (1, 0)  # the least and the most of that k; 0: as many as leave a latent frame to generate
+    first_k: tuple[int, int] = (1, 0)  # the least and the most of that k; 0: as many as leave one to generate
 
     def __post_init__(self):
         if self.sigma not in flow.SIGMA_KINDS:
@@ -48,7 +48,7 @@ class FlowConfig:
         if not 0 <= self.skip_share < 1:
             raise ValueError(f"skip_share is {self.skip_share}: it is a share of the tokens, from 0 to below 1")
         least, most = self.first_k
-        if least < 0 or most and not 0 < least <= most:
+        if least < 0 or (most and not 0 < least <= most):
             raise ValueError(f"first_k is {self.first_k}: give the least and the most of the first latent frames, or "
                              "0 for as many as leave one to generate")  # fmt: skip
 

@@ -55,7 +55,7 @@ class Drift:
 
 
 def match_by_start(tracks, truth, first_frame: int) -> list:
-    """The track of each object of the truth, by where they are in the frames before `first_frame`; None if none is near.
+    """The track of each object of the truth, by where it is in the frames before `first_frame`; None if none is near.
 
     Tracks and objects are paired with the least summed distance; one that is farther than NEAR and than the object's
     radius, or that is not seen in those frames, is no match.

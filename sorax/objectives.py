@@ -90,8 +90,8 @@ class DataConfig:
     batch: int = 8  # clips a step (VAE), rows a step (DiT)
     # VAE only
     crop: tuple[int, int, int] | None = None  # (frames, height, width), 0 as it is: larger clips are cut to it
-    # What comes before, such as images and then small clips: dicts of `steps` and of the keys above (or of the world) that
-    # differ.
+    # What comes before, such as images and then small clips: dicts of `steps` and of the keys above (or of the world)
+    # that differ.
     stages: tuple = ()
     # DiT only
     row_tokens: int = 16384

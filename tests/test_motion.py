@@ -27,7 +27,7 @@ def perfect_tracks(truth, shift=0.0):
 
 @pytest.mark.parametrize("motion", ["uniform", "parabola", "collision"])
 def test_true_clips_have_almost_no_error_and_no_drift(motion):
-    """Bounds: a fifth of PhyWorld's floor, and half of it for collisions, which are short; relative drift of a percent."""
+    """Bounds: a fifth of PhyWorld's floors, half of it for collisions, which are short; a percent of drift."""
     source = phyworld(motion)
     errors, drifts = [], []
     for i in range(8):

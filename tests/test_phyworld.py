@@ -84,7 +84,7 @@ def test_it_is_a_source_and_is_scored_in_and_out_of_distribution():
     vae = VAEConfig(width_multipliers=(1, 2), temporal_downsample=(True,))
     splits = open_splits(data, vae, 4, 8, alike=True)
     assert {name: split.source.config.split for name, split in splits.items()} == {"test": "test", "ood": "ood"}
-    with pytest.raises(UserError, match="data.phyworld.num_frames"):
+    with pytest.raises(UserError, match=r"data\.phyworld\.num_frames"):
         open_source(dict(data, phyworld=dict(frames=5)))
 
 
