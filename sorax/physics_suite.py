@@ -50,10 +50,17 @@ def world_physics_parts(world: World, makers, count: int, floor: bool = False) -
         return [], {"physics": f"clips of {frames} frames leave too little after {GIVEN_FRAMES} that are given"}
     parts, left = [], {}
     for motion in motions:
-        if motion in world.config.motions:
-            parts += [_part(world, makers, count, motion, split, *motions[motion], floor) for split in SPLITS]
-        else:
+        if motion not in world.config.motions:
             left[f"physics/{motion}"] = "the run is not trained on this motion"
+            continue
+        objects, gravity = motions[motion]
+        for split in SPLITS:
+            try:
+                source = of_motion(world, motion, split, count, objects)
+            except UserError as error:  # such as objects too large for a small frame
+                left[f"physics/{motion}/{split}"] = str(error)
+            else:
+                parts.append(_part(source, makers, motion, split, objects, gravity, floor))
     return parts, left
 
 
@@ -104,8 +111,7 @@ def _cut(truth, frames):
     return dataclasses.replace(truth, times=truth.times[:frames], contacts=contacts, **arrays)
 
 
-def _part(world, makers, count, motion, split, objects, gravity, floor):
-    source = of_motion(world, motion, split, count, objects)
+def _part(source, makers, motion, split, objects, gravity, floor):
     is_phyworld = isinstance(source, PhyWorld)
     shape = collections.Counter(source.config.shapes).most_common(1)[0][0]
     codec, fps, extent = makers.generator.codec, source.config.fps, source.config.extent
@@ -128,7 +134,7 @@ def _part(world, makers, count, motion, split, objects, gravity, floor):
         "as PhyWorld's released code has it; as printed: the mean of |velocity less that of the truth|, frame by frame. "
         "Drift: relative change of energy and momentum, without a truth. Errors are of tracked clips; the others are "
         "failures, counted under tracked.",
-        count=count, chunk=makers.chunk(shape), caption=source.caption, seed=lambda i: i, judge=judge,
+        count=len(source), chunk=makers.chunk(shape), caption=source.caption, seed=lambda i: i, judge=judge,
         make=makers.truth(video) | makers.model(requests) | (makers.untrained(requests) if floor else {}),
         metrics={name: METRICS[name] for name in names}, units=UNITS, fps=fps, data=source_identity(source),
     )  # fmt: skip

@@ -69,8 +69,9 @@ def test_truth_has_no_error_and_a_model_that_knows_nothing_is_a_failure_that_cou
 def test_units_of_a_run_are_made_and_judged(makers):
     world = World(WorldConfig(shapes=((7, 32, 32),), motions=("straight", "still"), extent=5.0, fps=6.0))
     parts, left = parts_of(world, makers, floor=True)
-    assert set(parts) == {"physics/straight/test", "physics/straight/ood"}
-    assert set(left) == {"physics/throw", "physics/collide"}
+    assert set(parts) == {"physics/straight/test"}
+    assert set(left) == {"physics/throw", "physics/collide", "physics/straight/ood"}
+    assert "7 units" in left["physics/straight/ood"]
     units = {unit.row: unit for unit in units_of([parts["physics/straight/test"]])}
     assert set(units) == {"ground_truth", "vae", "model", "untrained"}
     videos, judgements = units["model"].make()
