@@ -4,7 +4,7 @@ import os
 
 from data_pipelines.latent_shards import LatentShards, is_shards, read_manifest, shards_folder
 from data_pipelines.mixture import MixtureExamples, part_sections
-from data_pipelines.sources import open_source
+from data_pipelines.sources import GENERATED, open_source
 from data_pipelines.text_tokens import BPE, TOKENIZER_FILE, Tokenizer
 from sorax import processes
 from sorax.encode import Codec, encode_source, survey
@@ -162,8 +162,8 @@ def _validation(config, codec, vae_identity, tokenizer, out, train_folder, text,
             raise UserError(f"{data.val_path} was encoded with another tokenizer than the training data: encode it "
                             "again with --tokenizer")  # fmt: skip
         return examples
-    is_world = (data.get("path") or "world") == "world" and not data.get("mixture")
-    if data.get("val_path") or data.get("val_split") or is_world:
+    is_drawn = (data.get("path") or "world") in GENERATED and not data.get("mixture")
+    if data.get("val_path") or data.get("val_split") or is_drawn:
         limits = grid(codec.config, config.model.patch_size)
         with processes.first_before_others("encode val: data"):
             source = held_out_source(data, num_samples=most, **limits, **_index_options(out))

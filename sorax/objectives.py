@@ -78,6 +78,7 @@ class DataConfig:
 
     path: str = "world"
     world: Any = dataclasses.field(default_factory=dict)
+    phyworld: Any = dataclasses.field(default_factory=dict)
     mixture: tuple = ()  # in place of path: dicts of a path, a weight and what else that path needs
     split: str = ""  # TFDS only, as are the next three
     data_dir: str = ""
@@ -95,8 +96,8 @@ class DataConfig:
     batch: int = 8  # clips a step (VAE), rows a step (DiT)
     # VAE only
     crop: tuple[int, int, int] | None = None  # (frames, height, width), 0 as it is: larger clips are cut to it
-    # What comes before, such as images and then small clips: dicts of `steps` and of the keys above (or `world`) that
-    # differ.
+    # What comes before, such as images and then small clips: dicts of `steps` and of the keys above (or of the world)
+    # that differ.
     stages: tuple = ()
     # DiT only
     row_tokens: int = 16384
