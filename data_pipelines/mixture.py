@@ -11,8 +11,8 @@ from sorax.errors import UserError
 
 # What a part of `data.mixture` may set.
 PART_KEYS = (
-    "path", "weight", "world", "split", "data_dir", "video_key", "caption_key", "index", "fps", "max_frames",
-    "min_frames", "max_tokens", "oversize",
+    "path", "weight", "world", "phyworld", "split", "data_dir", "video_key", "caption_key", "index", "fps",
+    "max_frames", "min_frames", "max_tokens", "oversize",
 )  # fmt: skip
 
 

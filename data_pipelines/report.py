@@ -18,6 +18,7 @@ from data_pipelines.report_fit import Settings
 from data_pipelines.report_numbers import analyse, column, general
 from data_pipelines.report_page import page
 from data_pipelines.report_warnings import find_warnings
+from data_pipelines.text_tokens import BYTES
 from sorax.errors import UserError
 
 PAGE, NUMBERS, REJECTED, DUPLICATES = "report.html", "report.json", "rejected.csv", "duplicates.csv"
@@ -110,7 +111,7 @@ def make_plots(analysis, settings):
         plot("Video tokens", "tokens", {"as trained": arrays.tokens}, "tokens a sample",
              f"a row holds {settings.row_tokens:,}", log=True)  # fmt: skip
         plot("Text tokens", "text", {"captions": arrays.text}, "tokens a caption",
-             f"end mark included, vocabulary of at most {settings.vocab_size:,}{estimated}")  # fmt: skip
+             f"end mark included, tokenizer {settings.tokenizer or BYTES}{estimated}")  # fmt: skip
         plot("Samples a row", "row", {"rows": analysis.row_sizes}, "samples a row",
              f"first epoch; at most {settings.max_segments}", ylabel="rows")  # fmt: skip
     else:

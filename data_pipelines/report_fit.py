@@ -22,7 +22,8 @@ class Settings:
     """The part of an experiment that a report needs; the names are those of its sections `data`, `text` and `train`.
 
     rows: False for a VAE, which trains on dense clips. steps: of the run, 0 where it is not known.
-    vocab_size and tokenizer_captions: how training would train a tokenizer. cost_a, cost_b: as in `plan_epoch`.
+    tokenizer and vocab_size: which one training would take, see `Tokenizer.wanted`; tokenizer_captions: on how many
+    captions it would train one. cost_a, cost_b: as in `plan_epoch`.
     origin: where the settings come from, in words.
     """
 
@@ -33,6 +34,7 @@ class Settings:
     batch: int = 8
     seed: int = 0
     steps: int = 0
+    tokenizer: str = ""
     vocab_size: int = 512
     tokenizer_captions: int = 100_000
     cost_a: float = COST_A
@@ -135,20 +137,20 @@ def _reason(fit, height, width, fps, span, duration, image):
 
 
 def text_lengths(captions, settings: Settings):
-    """Tokens of each caption, with the tokenizer that training would make of them.
+    """Tokens of each caption, with the tokenizer that training would take or make of them.
 
     Args: captions: pyarrow array [n] of the samples in training's order.
     Returns: (lengths int64 [n], end mark included and MAX_TOKENS + 1 for a caption that is too long, how many of the
       different captions were tokenised, how many different ones there are). Of more than 100,000 different captions,
       every so manieth is tokenised, and each of the others takes the length of one with as many characters.
-    Raises: UserError where the vocabulary is too small.
+    Raises: UserError where the vocabulary is too small, or the tokenizer is missing.
     """
     import pyarrow.compute as pc
 
     if not len(captions):
         return np.zeros(0, np.int64), 0, 0
     picks = np.linspace(0, len(captions) - 1, min(settings.tokenizer_captions, len(captions))).astype(int)
-    tokenizer = Tokenizer.train(captions.take(picks).to_pylist(), settings.vocab_size)
+    tokenizer = Tokenizer.wanted(settings.tokenizer, captions.take(picks).to_pylist(), settings.vocab_size)
     different, code = distinct(captions)
     chosen = np.linspace(0, len(different) - 1, min(MOST_ENCODED, len(different))).astype(int)
     lengths = np.array([_length(tokenizer, caption) for caption in different.take(chosen).to_pylist()], np.int64)

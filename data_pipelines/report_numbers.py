@@ -15,7 +15,7 @@ from data_pipelines.fit import CHANGES
 from data_pipelines.inspection import reason_kind
 from data_pipelines.packing import plan_epoch
 from data_pipelines.report_fit import Settings, distinct, fit_columns, text_lengths
-from data_pipelines.text_tokens import MAX_TOKENS
+from data_pipelines.text_tokens import BYTES, MAX_TOKENS
 from sorax.errors import UserError
 
 MOST_NAMED = 100  # files named for a reason, groups of duplicates
@@ -142,7 +142,8 @@ def _settings(settings, ranks):
     values["data.batch"] = settings.batch
     if settings.rows:
         values |= {f"data.{k}": getattr(settings, k) for k in ("row_tokens", "row_text", "max_segments")}
-        values |= {"text.vocab_size": settings.vocab_size, "train.steps": settings.steps, "ranks": ranks}
+        values |= {"data.tokenizer": settings.tokenizer or BYTES, "text.vocab_size": settings.vocab_size}
+        values |= {"train.steps": settings.steps, "ranks": ranks}
         values["train.seed"] = settings.seed
     return values
 

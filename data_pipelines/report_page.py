@@ -47,21 +47,34 @@ def page(numbers, plots, cards):
         ("settings", "Settings", _settings(numbers)),
     ]
     sections = [section for section in sections if section[2]]
-    links = "".join(f'<a href="#{name}">{title}</a>' for name, title, _ in sections)
     body = "".join(f'<section id="{name}"><h2>{title}</h2>{text}</section>' for name, title, text in sections)
-    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     source = numbers["source"]
+    sub = (
+        f"What a training run with these settings will see: {escape(numbers['settings']['origin'])}. "
+        f"Index <code>{escape(source['identity'])}</code>."
+    )
+    return document(
+        "data report", source["path"], sub, f"{_tiles(numbers)}{_warnings(numbers)}{body}",
+        links={name: title for name, title, _ in sections}, style=STYLE, script=SCRIPT,
+    )  # fmt: skip
+
+
+def document(kind, heading, sub, body, *, links, style, script):
+    """A whole page that can reach nothing outside itself, and runs no script but this one.
+
+    Args: kind: such as "data report". heading: text. sub, body: HTML. links: {id of a section: its title in HTML}.
+    """
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    nav = "".join(f'<a href="#{name}">{title}</a>' for name, title in links.items())
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f"<title>Data report: {escape(source['path'], 100)}</title><style>{STYLE}</style></head><body>"
-        f"<header><p class=over>sorax data report</p><h1><bdi>{escape(source['path'], 200)}</bdi></h1>"
-        f"<p class=sub>What a training run with these settings will see: {escape(numbers['settings']['origin'])}. "
-        f"Index <code>{escape(source['identity'])}</code>.</p><nav>{links}</nav></header><main>"
-        f"{_tiles(numbers)}{_warnings(numbers)}{body}</main><script>{SCRIPT}</script></body></html>\n"
+        f"<title>{kind.capitalize()}: {escape(heading, 100)}</title><style>{style}</style></head><body>"
+        f"<header><p class=over>sorax {kind}</p><h1><bdi>{escape(heading, 200)}</bdi></h1>"
+        f"<p class=sub>{sub}</p><nav>{nav}</nav></header><main>{body}</main><script>{script}</script></body></html>\n"
     )
 
 

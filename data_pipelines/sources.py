@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from sorax.errors import UserError
 
+GENERATED = ("world", "phyworld")  # paths of what is drawn, not read
 Sample = dict[str, Any]  # video uint8 [T, H, W, 3], caption str, fps float, key str
 
 
@@ -52,14 +53,15 @@ class Source(Protocol):
 def open_source(data: Mapping[str, Any], **overrides: Any) -> Source:
     """The source that a config's `data` section names.
 
-    `path` "" or "world" is the generated world, made from the section `world` (fields of WorldConfig);
+    `path` "" or "world" is the generated world, made from the section `world` (fields of WorldConfig), and "phyworld"
+    the scenes of PhyWorld, from the section `phyworld` (fields of PhyWorldConfig);
     "tfds:NAME[/CONFIG][:VERSION]" is a TFDS data set, with `split`, `data_dir`, `video_key` and `caption_key`; anything
     else is a folder. Samples of both are brought within those fields of `data_pipelines.fit.Fit` that the section has,
     by way of the index `index` if the section names one. With a `mixture`, `path` is not used: it is a list of
     sections, each with a `weight` and its own path, which have what they do not set from this one.
-    Overrides replace entries of the section that is used (of `world`, or of `data`); those that mean nothing to a
-    folder or to the world are not passed on. Two more of them are `index_cache`, the folder where an index that has to
-    be made is kept, and `index_progress`, a function (done, to do) that is called meanwhile.
+    Overrides replace entries of the section that is used (of `world`, `phyworld` or `data`); those that mean nothing to
+    a folder or to the world are not passed on. Two more of them are `index_cache`, the folder where an index that has
+    to be made is kept, and `index_progress`, a function (done, to do) that is called meanwhile.
     Raises UserError for a setting that the source does not know or cannot use.
     """
     if data.get("mixture"):
@@ -67,29 +69,32 @@ def open_source(data: Mapping[str, Any], **overrides: Any) -> Source:
     path = data.get("path") or "world"
     if path.startswith("shards:"):
         raise UserError(f"{path} is latents, which a DiT trains on; here videos are needed: name their folder")
-    return _open_world(data, overrides) if path == "world" else _open_files(path, data, overrides)
+    return _open_world(path, data, overrides) if path in GENERATED else _open_files(path, data, overrides)
 
 
 def is_folder(data: Mapping[str, Any]) -> bool:
     """Whether a `data` section names a folder of files, not another source."""
     path = data.get("path") or "world"
     named = re.match("[a-z]+:", path) and not os.path.isdir(path)
-    return path != "world" and not named and not data.get("mixture")
+    return path not in GENERATED and not named and not data.get("mixture")
 
 
-def _open_world(data, overrides) -> Source:
+def _open_world(path, data, overrides) -> Source:
+    """A generated world, whose settings are in the section of its name."""
+    from data_pipelines.phyworld import PhyWorld, PhyWorldConfig
     from data_pipelines.world import World, WorldConfig
 
+    world, config = dict(world=(World, WorldConfig), phyworld=(PhyWorld, PhyWorldConfig))[path]
     if data.get("index"):
-        raise UserError(f"data.index is {data['index']!r}, but the world needs no index: leave it empty")
-    known = [f.name for f in fields(WorldConfig)]
-    settings = {name: _tuples(value) for name, value in dict(data.get("world") or {}).items()}
+        raise UserError(f"data.index is {data['index']!r}, but the {path} needs no index: leave it empty")
+    known = [f.name for f in fields(config)]
+    settings = {name: _tuples(value) for name, value in dict(data.get(path) or {}).items()}
     for name in settings:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1, 0)
-            raise UserError(f"unknown key data.world.{name}: did you mean data.world.{near[0]}?")
+            raise UserError(f"unknown key data.{path}.{name}: did you mean data.{path}.{near[0]}?")
     settings |= {name: _tuples(value) for name, value in overrides.items() if name in known}
-    return World(WorldConfig(**settings))
+    return world(config(**settings))
 
 
 def _open_files(path, data, overrides) -> Source:

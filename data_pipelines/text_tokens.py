@@ -1,4 +1,4 @@
-"""Captions as numbers: byte-level BPE that is trained on the data's own captions, and the tokenizers of the T5 family.
+"""Captions as numbers: their bytes, a byte-level BPE that is trained on them, and the tokenizers of the T5 family.
 
 A tokenizer is a file or two, as Hugging Face's libraries keep them: `tokenizer.json` (any tokenizer of `tokenizers`),
 `spiece.model` (SentencePiece, as T5 and UMT5 have it) or `tokenizer_config.json` alone (ByT5, whose tokens are bytes).
@@ -29,6 +29,7 @@ SENTENCEPIECE_FILE = "spiece.model"
 CONFIG_FILE = "tokenizer_config.json"
 BYTE_CLASS = "ByT5Tokenizer"
 BYTE_OFFSET, BYTE_SENTINELS = len(MARKS), 125  # ByT5's ids: the marks, 256 bytes, sentinels that captions never have
+BYTES, BPE = "bytes", "bpe"  # names for `Tokenizer.wanted`
 
 
 def clean(caption):
@@ -79,10 +80,14 @@ class _SentencePiece:
 
 
 class _Bytes:
-    """ByT5 (Xue et al. 2022): the bytes of UTF-8; its file is a tokenizer_config.json that says so."""
+    """ByT5 (Xue et al. 2022): the bytes of UTF-8; its file is a tokenizer_config.json that says so.
+
+    What else the file says changes no token: all have the identity of `content`.
+    """
 
     file, hugging_face = CONFIG_FILE, BYTE_CLASS
     vocab_size, pad_id = BYTE_OFFSET + 256 + BYTE_SENTINELS, PAD_ID
+    content = json.dumps({"tokenizer_class": BYTE_CLASS, "extra_ids": BYTE_SENTINELS}).encode()
 
     def __init__(self, content):
         if json.loads(content).get("tokenizer_class") != BYTE_CLASS:
@@ -105,17 +110,41 @@ class Tokenizer:
 
     The BPE is that of GPT-2 (Radford et al. 2019): a word is a token with the space before it; the first word of a
     caption is given one too, so that it has the token that it has elsewhere. `identity` is a short hash of the file.
+    `bytes_a_token` is about how many bytes of a caption a token is.
     """
 
     def __init__(self, content: bytes, kind=_Json):
-        self.content, self.identity = content, hashlib.sha256(content).hexdigest()[:16]
-        self.file, self.hugging_face = kind.file, kind.hugging_face
+        self.content = content
+        self.identity = hashlib.sha256(_Bytes.content if kind is _Bytes else content).hexdigest()[:16]
+        self.file, self.hugging_face, self.bytes_a_token = kind.file, kind.hugging_face, 1 if kind is _Bytes else 3
         self._tokenizer = kind(content)
 
     @classmethod
     def of_bytes(cls):
         """ByT5's: no training, no file to download, some five times as many tokens as words."""
-        return cls(json.dumps({"tokenizer_class": BYTE_CLASS, "extra_ids": BYTE_SENTINELS}).encode(), _Bytes)
+        return cls(_Bytes.content, _Bytes)
+
+    @classmethod
+    def wanted(cls, name, captions, vocab_size):
+        """The tokenizer that `config.data.tokenizer` names, of at most vocab_size tokens.
+
+        name: "" or "bytes" for ByT5's, "bpe" for one that is trained on the captions, else a folder that holds one.
+
+        Raises UserError where there is no such folder, what it holds is broken, or vocab_size is too small.
+        """
+        if name == BPE:
+            return cls.train(captions, vocab_size)
+        if name in ("", BYTES):
+            tokenizer = cls.of_bytes()
+            if tokenizer.vocab_size > vocab_size:
+                raise UserError(
+                    f"the tokenizer of bytes has {tokenizer.vocab_size} tokens, but config.text.vocab_size is "
+                    f"{vocab_size}: set it to at least that, or config.data.tokenizer to another"
+                )
+            return tokenizer
+        if not os.path.isdir(name):
+            raise UserError(f"config.data.tokenizer is {name!r}: use {BYTES}, {BPE} or a folder with a tokenizer")
+        return cls.load(name, vocab_size)
 
     @classmethod
     def train(cls, captions, vocab_size):

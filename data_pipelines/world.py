@@ -82,39 +82,40 @@ class WorldConfig:
         fix("fps", float)
         fix("extent", float)
         fix("horizon", lambda value: None if value is None else float(value))
-        _one_of("split", (self.split,), SPLITS)
-        _one_of("captions", (self.captions,), CAPTIONS)
-        _one_of("motions", self.motions, MOTIONS)
-        _one_of("backgrounds", self.backgrounds, BACKGROUNDS)
-        _check(0 <= self.seed < 2**63, "seed", self.seed, "use a whole number from 0 to 2**63 - 1")
-        _check(self.num_samples >= 1, "num_samples", self.num_samples, "use 1 or more")
-        _check(0 < self.fps < 1e4, "fps", self.fps, "use frames a second, above 0")
+        check_choice("split", (self.split,), SPLITS)
+        check_choice("captions", (self.captions,), CAPTIONS)
+        check_choice("motions", self.motions, MOTIONS)
+        check_choice("backgrounds", self.backgrounds, BACKGROUNDS)
+        check_setting(0 <= self.seed < 2**63, "seed", self.seed, "use a whole number from 0 to 2**63 - 1")
+        check_setting(self.num_samples >= 1, "num_samples", self.num_samples, "use 1 or more")
+        check_setting(0 < self.fps < 1e4, "fps", self.fps, "use frames a second, above 0")
         least = 7.0 if self.split == "ood" else 5.0
-        _check(least <= self.extent <= 100, "extent", self.extent,
+        check_setting(least <= self.extent <= 100, "extent", self.extent,
                f"the largest objects of split {self.split!r} need {least:g} units, and 100 is the most")  # fmt: skip
-        _check(self.horizon is None or self.horizon > 0, "horizon", self.horizon, "use seconds > 0, or None")
-        _check(len(self.shapes) > 0, "shapes", self.shapes, "give at least one (frames, height, width)")
+        check_setting(self.horizon is None or self.horizon > 0, "horizon", self.horizon, "use seconds > 0, or None")
+        check_setting(len(self.shapes) > 0, "shapes", self.shapes, "give at least one (frames, height, width)")
         for shape in self.shapes:
             good = len(shape) == 3 and shape[0] >= 1 and min(shape[1:]) >= 8
-            _check(good, "shapes", shape, "use (frames >= 1, height >= 8, width >= 8)")
+            check_setting(good, "shapes", shape, "use (frames >= 1, height >= 8, width >= 8)")
         good = len(self.num_objects) == 2 and 1 <= self.num_objects[0] <= self.num_objects[1] <= 3
-        _check(good, "num_objects", self.num_objects, "use (least, most) within 1 to 3")
+        check_setting(good, "num_objects", self.num_objects, "use (least, most) within 1 to 3")
         for count in range(self.num_objects[0], self.num_objects[1] + 1):
             leads = lead_motions(self.motions, count)
-            _check(bool(leads), "motions", self.motions,
+            check_setting(bool(leads), "motions", self.motions,
                    f"they cannot fill a scene of {count} object(s), as collide takes two and occlude one: "
                    "add a motion or change num_objects")  # fmt: skip
 
 
-def _check(good: bool, name: str, value, remedy: str):
+def check_setting(good: bool, name: str, value, remedy: str, section: str = "world"):
+    """Raises UserError, with the remedy, unless a setting of a config section is good."""
     if not good:
-        raise UserError(f"world: {name} = {value!r} cannot be used; {remedy}.")
+        raise UserError(f"{section}: {name} = {value!r} cannot be used; {remedy}.")
 
 
-def _one_of(name: str, values, options):
-    _check(len(values) > 0, name, values, f"choose of {', '.join(options)}")
-    for value in values:
-        _check(value in options, name, value, f"choose of {', '.join(options)}")
+def check_choice(name: str, values, options, section: str = "world"):
+    """Raises UserError unless there is at least one value and all are among the options."""
+    for value in values or (values,):
+        check_setting(value in options, name, value, f"choose of {', '.join(options)}", section)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +155,9 @@ class Truth:
 
 class World:
     """Random-access source of the world's items; picklable, pure, without state."""
+
+    name = "world"  # in a data section's path, and first in the keys of items
+    scored_splits = ("test", "heldout")
 
     def __init__(self, config: WorldConfig | None = None):
         self.config = config or WorldConfig()
@@ -200,7 +204,7 @@ class World:
     def spec(self, index: int, scene: Scene | None = None) -> SampleSpec:
         """Shape, frame rate, caption and key of an item, without rendering it."""
         index = self._index(index)
-        key = f"world/{self.config.split}/{self.config.seed}/{index}"
+        key = f"{self.name}/{self.config.split}/{self.config.seed}/{index}"
         return SampleSpec(*self.frame_shape(index), self.config.fps, self.caption(index, scene), key)
 
     def __getitem__(self, index: int) -> dict[str, Any]:

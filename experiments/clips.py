@@ -47,7 +47,7 @@ def get_config():
     # max_tokens counts patches of 16 x 16 pixels and 2 frames here, of 4 x 4 for the VAE: the same sizes.
     config.data = dict(
         path="", fps=8.0, max_frames=9, max_tokens=160, batch=4, row_tokens=512, row_text=256, max_segments=8,
-        val_samples=64,
+        val_samples=64, tokenizer="bpe",
     )  # fmt: skip
     config.optim = dict(
         optimizer="muon", lr=3e-2, vector_lr=3e-2, warmup_steps=20, final_lr=0.02, b2=0.99, ema_decay=0.99

@@ -56,6 +56,7 @@ def get_config():
     )  # fmt: skip
     config.data = dict(
         path="world", world=get_world(), batch=32, row_tokens=48, row_text=48, max_segments=8, val_samples=64,
+        tokenizer="bpe",  # of the captions, which are 7 tokens then, in place of 28 bytes
     )  # fmt: skip
     config.optim = dict(
         optimizer="muon", lr=3e-2, vector_lr=3e-2, warmup_steps=20, final_lr=0.02, b2=0.99, ema_decay=0.995

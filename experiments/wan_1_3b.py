@@ -54,6 +54,7 @@ def get_config():
     config.data = dict(
         path="", fps=16.0, max_frames=81, max_tokens=32_760, batch=16, row_tokens=32_768, row_text=1024,
         max_segments=24, posterior="sample",
+        tokenizer="bpe",  # of the captions: a hundred words are 600 bytes, more than the 511 that there is room for
     )  # fmt: skip
     config.optim = dict(
         optimizer="adamw", lr=1e-4, warmup_steps=2000, final_lr=0.1, b1=0.9, b2=0.95, weight_decay=1e-3, clip_norm=1.0,

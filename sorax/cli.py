@@ -92,7 +92,8 @@ def _parse(argv):
     encode.add_argument("--out", default="", help="folder of the latents; train with --config.data.path=shards:FOLDER")
     encode.add_argument("--shards", type=int, default=0, help="number of files (default: as many as stay below 256 MB)")
     encode.add_argument("--tokenizer", default="",
-                        help="folder with the one to use, or bytes (default: config.data.tokenizer)")  # fmt: skip
+                        help="bytes, bpe (trained on the captions), or a folder with one (default: "
+                        "config.data.tokenizer)")  # fmt: skip
     encode.add_argument("--verify", default="", metavar="FOLDER", help="check latents that are there; writes nothing")
     _several(encode)
     encode.add_argument("--config.KEY=VALUE", dest="_", help="override any key, such as --config.data.path=FOLDER")
@@ -239,9 +240,11 @@ def export_verb(arguments, _):
     size = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG])I?B?", arguments.max_shard_size.upper())
     if not size or not float(size[1]):
         raise UserError(f"--max-shard-size {arguments.max_shard_size!r} is no size: write for example 5GB")
-    from sorax import processes
+    from sorax import export, processes
 
     processes.start(arguments.coordinator, arguments.processes, arguments.process)
+    if processes.is_first():
+        export.check_is_free(arguments.out)  # before minutes are spent on reading weights
     limit = int(float(size[1]) * {"K": 10**3, "M": 10**6, "G": 10**9}[size[2]])
     if arguments.lora == "adapter":
         _export_lora(arguments)

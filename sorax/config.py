@@ -16,6 +16,7 @@ import ml_collections
 from sorax.errors import UserError
 
 CONFIG_FILE = "config.json"
+TRAINED_TOKENIZER = "tokenizer.json"
 IMPORTED = "imported"  # folder of a run that `sorax import` made: the weights
 # What may change when a run is continued: how long, how often, where to; never what is learned from what.
 MAY_CHANGE = ("train.steps", "train.log_every", "checkpoint", "eval", "mesh")
@@ -147,6 +148,22 @@ def flatten(config, prefix="") -> dict:
     return flat
 
 
+def published(config):
+    """A config, or a value of one, as it may be shown to anybody: of a path on somebody's disk its last part alone.
+
+    `wan/imported` stays for the weights that a run imported; names of TFDS data sets stay whole.
+    """
+    if hasattr(config, "items"):
+        return {key: published(value) for key, value in config.items()}
+    if isinstance(config, (list, tuple)):
+        return type(config)(map(published, config))
+    if not isinstance(config, str) or "/" not in config or config.startswith("tfds:"):
+        return config
+    kind = "shards:" if config.startswith("shards:") else ""
+    *above, name = pathlib.PurePosixPath(os.path.normpath(config.removeprefix(kind))).parts
+    return kind + (f"{above[-1]}/{name}" if name == IMPORTED and above else name)
+
+
 def save_config(config, workdir: str, complete, *, write: bool = True):
     """Writes the config of a new run, or checks that an existing run has the same.
 
@@ -164,6 +181,8 @@ def save_config(config, workdir: str, complete, *, write: bool = True):
         there = read_config(workdir)
         complete(there)
         old, new = flatten(there), flatten(config)
+        if os.path.exists(os.path.join(workdir, TRAINED_TOKENIZER)):  # which older runs called ""
+            old = {k: "bpe" if (k, v, new.get(k)) == ("data.tokenizer", "", "bpe") else v for k, v in old.items()}
         keys = sorted(set(old) | set(new))
         differ = [k for k in keys if old.get(k) != new.get(k) and not _may_change(k)]
         if differ:
@@ -179,7 +198,7 @@ def _has_work(workdir):
     """Whether a run folder holds what depends on its config: a checkpoint, of its VAE at least, or a tokenizer that was
     trained on its captions (that of an imported run came with it)."""
     folder = pathlib.Path(workdir)
-    made = ["checkpoints/*", "vae/checkpoints/*"] + ([] if (folder / IMPORTED).is_dir() else ["tokenizer.json"])
+    made = ["checkpoints/*", "vae/checkpoints/*"] + ([] if (folder / IMPORTED).is_dir() else [TRAINED_TOKENIZER])
     return any(any(folder.glob(pattern)) for pattern in made)
 
 

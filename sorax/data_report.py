@@ -9,7 +9,7 @@ from sorax.dit_data import grid
 from sorax.encode import MAX_CAPTIONS
 from sorax.errors import UserError
 from sorax.objectives import DataConfig
-from sorax.runs import open_vae_config
+from sorax.runs import open_vae_config, start_tokenizer
 from sorax.text import TextConfig
 from sorax.vae import VAEConfig
 
@@ -45,7 +45,8 @@ def report_settings(config, origin: str, is_folder: bool = True) -> Settings:
     cost_a, cost_b = token_costs(model.width, model.ffn_dim)
     vocab_size = config_lib.build(TextConfig, config.text, "text").vocab_size
     return Settings(row_tokens=data.row_tokens, row_text=data.row_text, max_segments=data.max_segments,
-                    vocab_size=vocab_size, cost_a=cost_a, cost_b=cost_b, **settings)  # fmt: skip
+                    tokenizer=start_tokenizer(config, ""), vocab_size=vocab_size, cost_a=cost_a, cost_b=cost_b,
+                    **settings)  # fmt: skip
 
 
 def _vae_config(config):

@@ -4,8 +4,8 @@ import os
 
 from data_pipelines.latent_shards import LatentShards, is_shards, read_manifest, shards_folder
 from data_pipelines.mixture import MixtureExamples, part_sections
-from data_pipelines.sources import open_source
-from data_pipelines.text_tokens import Tokenizer
+from data_pipelines.sources import GENERATED, open_source
+from data_pipelines.text_tokens import BPE, TOKENIZER_FILE, Tokenizer
 from sorax import processes
 from sorax.encode import Codec, encode_source, survey
 from sorax.errors import UserError
@@ -49,9 +49,10 @@ def prepare_data(config, workdir: str, codec: Codec, vae_identity: str):
         return _encode_splits(config, codec, vae_identity, out, workdir, workdir, replace=True)
     tokenizer = _tokenizer_of_shards(shards_folder(paths[0]), workdir, config.text.vocab_size)
     wanted = start_tokenizer(config, workdir)
-    if wanted not in ("", "bytes") and Tokenizer.load(wanted).identity != tokenizer.identity:
-        raise UserError(f"{paths[0]} was encoded with another tokenizer than that of {wanted}, which the text "
-                        f"encoder was trained with: encode it again with --tokenizer {wanted}")  # fmt: skip
+    if not _is_wanted(tokenizer, wanted, config.text.vocab_size):
+        raise UserError(f"{paths[0]} was encoded with another tokenizer ({tokenizer.file}) than {wanted!r}, which "
+                        "config.data.tokenizer or the weights of config.init ask for: encode it again with --tokenizer "
+                        f"{wanted}")  # fmt: skip
     text = FrozenText(config, workdir) if config.data.get("text_embeds") else None
     examples = _open_shards(config.data, vae_identity, text)
     val_examples = _validation(config, codec, vae_identity, tokenizer, out, shards_folder(paths[0]), text, replace=True)
@@ -125,28 +126,31 @@ def prepare_tokenizer(captions, vocab_size: int, folder: str, wanted: str = "") 
     """The tokenizer of a folder, of at most vocab_size tokens; made and saved if none is there.
 
     Args:
-        captions: to train one on.
-        wanted: `config.data.tokenizer`: "" trains one, "bytes" is ByT5's, else a folder that holds one.
+        captions: to train one on, if need be.
+        wanted: see `Tokenizer.wanted`; "" is that of the folder if it has one.
 
     Raises:
         UserError: a file is broken or has more tokens, the folder has another tokenizer than the wanted one, or
-            vocab_size is too small to train one.
+            vocab_size is too small.
     """
-    known = Tokenizer.is_in(folder)
-    if wanted == "bytes":
-        tokenizer = Tokenizer.of_bytes()
-        if tokenizer.vocab_size > vocab_size:
-            raise UserError(f"the tokenizer of bytes has {tokenizer.vocab_size} tokens, but config.text.vocab_size is "
-                            f"{vocab_size}: set it to at least that")  # fmt: skip
-    elif wanted:
-        tokenizer = Tokenizer.load(wanted, vocab_size)
-    else:
-        tokenizer = Tokenizer.load(folder, vocab_size) if known else Tokenizer.train(captions, vocab_size)
-    if known and tokenizer.identity != Tokenizer.load(folder).identity:
-        raise UserError(f"{folder} has another tokenizer than config.data.tokenizer {wanted!r}: use another folder")
-    if not known and processes.is_first():
+    if Tokenizer.is_in(folder):
+        tokenizer = Tokenizer.load(folder, vocab_size)
+        if not _is_wanted(tokenizer, wanted, vocab_size):
+            raise UserError(f"{folder} has another tokenizer ({tokenizer.file}) than {wanted!r}, which config.data."
+                            "tokenizer or the weights of config.init ask for: use another folder")  # fmt: skip
+        return tokenizer
+    tokenizer = Tokenizer.wanted(wanted, captions, vocab_size)
+    if processes.is_first():
         tokenizer.save(folder)
     return tokenizer
+
+
+def _is_wanted(tokenizer, wanted, vocab_size):
+    """Whether a tokenizer that is there is what `start_tokenizer` names: "" leaves it open, and "bpe" when and on which
+    captions it was trained."""
+    if wanted == BPE:
+        return tokenizer.file == TOKENIZER_FILE
+    return wanted == "" or tokenizer.identity == Tokenizer.wanted(wanted, (), vocab_size).identity
 
 
 def _validation(config, codec, vae_identity, tokenizer, out, train_folder, text, *, replace):
@@ -158,8 +162,8 @@ def _validation(config, codec, vae_identity, tokenizer, out, train_folder, text,
             raise UserError(f"{data.val_path} was encoded with another tokenizer than the training data: encode it "
                             "again with --tokenizer")  # fmt: skip
         return examples
-    is_world = (data.get("path") or "world") == "world" and not data.get("mixture")
-    if data.get("val_path") or data.get("val_split") or is_world:
+    is_drawn = (data.get("path") or "world") in GENERATED and not data.get("mixture")
+    if data.get("val_path") or data.get("val_split") or is_drawn:
         limits = grid(codec.config, config.model.patch_size)
         with processes.first_before_others("encode val: data"):
             source = held_out_source(data, num_samples=most, **limits, **_index_options(out))

@@ -41,6 +41,8 @@ class FlowConfig:
     # weights of `flow.GIVEN_MODES`: nothing given, first latent frame, last, both ends, first k, last k, both ends with
     # k each, keyframes, all around a box; those that are left out are 0
     given: tuple[float, ...] = (0.6, 0.15, 0.05, 0.1, 0.1)
+    # the least and the most of the k of first and last ones; 0: as many as leave one to generate
+    first_k: tuple[int, int] = (1, 0)
 
     def __post_init__(self):
         if self.sigma not in flow.SIGMA_KINDS:
@@ -50,6 +52,10 @@ class FlowConfig:
                              f"{', '.join(flow.GIVEN_MODES)}")  # fmt: skip
         if not 0 <= self.skip_share < 1:
             raise ValueError(f"skip_share is {self.skip_share}: it is a share of the tokens, from 0 to below 1")
+        least, most = self.first_k
+        if least < 0 or (most and not 0 < least <= most):
+            raise ValueError(f"first_k is {self.first_k}: give the least and the most of the first latent frames, or "
+                             "0 for as many as leave one to generate")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +208,7 @@ def dit_task(config, data, settings, mesh) -> DiTTask:
             std=flow_config.sigma_std, mode_scale=flow_config.mode_scale, shift=shift,
         )  # fmt: skip
         levels = jnp.pad(levels, ((0, 0), (1, 0)))
-        given = flow.draw_given(given_key, batch["positions"], ids, S, flow_config.given)
+        given = flow.draw_given(given_key, batch["positions"], ids, S, flow_config.given, flow_config.first_k)
         text = drop_captions(drop_key, batch["text_tokens"], batch["text_segment_ids"], S, flow_config.caption_dropout)
         route = None
         if flow_config.skip_share:

@@ -272,8 +272,9 @@ def encode_source(
     _check_captions(source, found, tokenizer)
     config, count = codec.config, len(source)
     shapes = _latent_shapes(config, source, found.shapes)
-    # A token is some three bytes of a caption.
-    texts = 2 * found.caption_bytes + (2 * text.config.width * (found.caption_bytes // 3 + 1) if text else 0)
+    size = tokenizer.bytes_a_token  # a token takes 4 bytes itself
+    texts = (1 + 4 // size) * found.caption_bytes
+    texts += 2 * text.config.width * (found.caption_bytes // size + 1) if text else 0
     num_shards = num_shards or latent_writer.choose_shards(
         latent_writer.sample_bytes(shapes, config.latent_channels, texts)
     )
@@ -384,4 +385,10 @@ def _check_captions(source, found, tokenizer):
     # A token is at least one byte, but cleaning may lengthen a caption: half the bytes are a safe bound.
     for i in np.flatnonzero(found.caption_bytes > MAX_TOKENS // 2).tolist():
         spec = source.spec(i)
-        tokenizer.encode(spec.caption, spec.key)
+        try:
+            tokenizer.encode(spec.caption, spec.key)
+        except UserError as error:
+            if tokenizer.bytes_a_token > 1:
+                raise
+            raise UserError(f"{error}, or train the text encoder on tokens that are longer than a byte, with "
+                            "config.data.tokenizer=bpe") from error  # fmt: skip

@@ -38,7 +38,7 @@ from sorax.text import TextEncoder
 
 ROWS = {"ground_truth": "ground truth", "vae": "VAE", "model": "model", "untrained": "untrained model"}
 COLUMNS = {"joint": "joint", "color": "colour", "shape": "shape", "count": "count", "direction": "direction"}
-PICTURES = {"test": "samples.png", "heldout": "heldout.png"}
+PICTURES = {"test": "samples.png", "heldout": "heldout.png", "ood": "ood.png"}
 SHOWN = 12  # clips on a contact sheet
 
 

@@ -52,9 +52,9 @@ def export_diffusers(
         shift, solver: of sampling, see `sorax.sampler.make_solver`.
         dtype: "f32" or "bf16", of the weights; "auto": as they were read from a file, f32 where they were trained.
         metadata: for the model card and provenance.json, all optional: name, license, step, weights ("ema", "raw"),
-            config (the experiment's), data (a sentence), data_plan (identity of the rows), given_frames (whether it was
-            trained with them), scores (flat dict), hardware, and sample: a dict of prompt, height, width, num_frames,
-            fps, num_steps, guidance_scale that is a good first call.
+            config (the experiment's, written as it is: see `config.published`), data (a sentence), data_plan (identity
+            of the rows), given_frames (whether it was trained with them), scores (flat dict), hardware, and sample: a
+            dict of prompt, height, width, num_frames, fps, num_steps, guidance_scale that is a good first call.
         expand_timesteps: the pipeline gives a timestep per token, 0 on given frames: the folder then loads as a
             `WanImageToVideoPipeline` too.
         max_shard_bytes: weights are split into files of at most this size.
@@ -361,12 +361,18 @@ def write_provenance(folder, metadata, fmt, dtype, tensors):
     write_json(folder / "provenance.json", record)
 
 
+def check_is_free(out_dir):
+    """Raises UserError where something stands that a new folder would replace."""
+    out = pathlib.Path(out_dir)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out_dir} exists and is not an empty folder: name another one, nothing was written")
+
+
 @contextlib.contextmanager
 def new_folder(out_dir):
     """A temporary folder that becomes `out_dir` if the body succeeds, and is removed if not."""
+    check_is_free(out_dir)
     out = pathlib.Path(out_dir).resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out_dir} exists and is not an empty folder: name another one, nothing was written")
     temporary = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

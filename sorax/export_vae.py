@@ -60,7 +60,8 @@ holds the hyper-parameters."""
 def export_vae_folder(path: str, out_dir, *, license: str = "other", **settings) -> pathlib.Path:
     """Exports the VAE that a folder holds, a finished run or what else `open_vae` takes; settings as `export_vae`'s.
 
-    Of several processes, which all call it, the first one writes.
+    Of several processes, which all call it, the first one writes. Paths in the config of a run are published with their
+    last part alone.
     """
     identity = open_vae(path)[2]
     vae_config, params = stored_vae(path)
@@ -68,7 +69,8 @@ def export_vae_folder(path: str, out_dir, *, license: str = "other", **settings)
     if kind_of(path) == "vae":
         config = config_lib.read_config(path)
         step = config.train.steps
-        metadata |= dict(step=step, weights="ema", config=config.to_dict(), data=f"data.path = {config.data.path!r}",
+        config = config_lib.published(config.to_dict())
+        metadata |= dict(step=step, weights="ema", config=config, data=f"data.path = {config['data']['path']!r}",
                          scores=_scores(path, step))  # fmt: skip
     if processes.is_first():
         export_vae(vae_config, params, out_dir, metadata=metadata, **settings)

@@ -71,16 +71,17 @@ def draw_sigma(key, shape, *, kind="logit_normal", mean=0.0, std=1.0, mode_scale
     return shift_sigma(sigma, shift)
 
 
-def draw_given(key, positions, segment_ids, num_samples: int, probabilities):
+def draw_given(key, positions, segment_ids, num_samples: int, probabilities, first_k=(1, 0)):
     """Random conditions: which patches of each sample are given rather than generated.
 
     Args:
         positions: `[B, N, 3]` int (t, h, w); segment_ids: `[B, N]` int in 0..num_samples.
         probabilities: weight of each of `GIVEN_MODES`, the rest 0 where there are fewer: nothing; the first latent
-            frame; the last; both ends; the first k with k uniform over what leaves a frame to generate; the last k
-            likewise; all but a gap between the first and the last, its length and place uniform; each frame but one
-            with a chance of its own for each sample; all but (or, for one in four, nothing but) a box in space and
-            time, whose extent along each axis is the whole for every second one and else uniform.
+            frame; the last; both ends; the first k, k uniform; the last k likewise; all but a gap between the first and
+            the last, its length and place uniform; each frame but one with a chance of its own for each sample; all but
+            (or, for one in four, nothing but) a box in space and time, whose extent along each axis is the whole for
+            every second one and else uniform.
+        first_k: the least and the most of that k, as far as they leave a frame to generate; 0: what leaves one.
 
     Returns:
         `[B, N]` bool. Of images nothing is given but outside of boxes. Something of every sample is generated.
@@ -91,7 +92,8 @@ def draw_given(key, positions, segment_ids, num_samples: int, probabilities):
     frames = 1 + jnp.max(jnp.where(member, time[:, :, None], 0), axis=1)  # [B, S + 1]
     logits = jnp.log(jnp.asarray(probabilities, jnp.float32))
     mode = jax.random.categorical(mode_key, logits, shape=(B, num_samples + 1))
-    k = 1 + jnp.floor(jax.random.uniform(k_key, frames.shape) * (frames - 1)).astype(jnp.int32)
+    least, most = (jnp.minimum(n or frames - 1, frames - 1) for n in first_k)
+    k = least + jnp.floor(jax.random.uniform(k_key, frames.shape) * (most - least + 1)).astype(jnp.int32)
 
     def of_token(table):
         return jnp.take_along_axis(table, segment_ids, axis=1)

@@ -6,13 +6,15 @@ import dataclasses
 import numpy as np
 
 from data_pipelines.latent_shards import is_shards, source_of
+from data_pipelines.phyworld import PhyWorld
 from data_pipelines.world import World
 from data_pipelines.world_sampling import lead_motions
 from sorax.dit_data import held_out_source
 from sorax.encode import source_identity
 from sorax.errors import UserError
 
-SPLITS = {"test": "in distribution", "heldout": "held-out combinations", "folder": "clips of the folder"}
+SPLITS = {"test": "in distribution", "heldout": "held-out combinations", "ood": "out of distribution",
+          "folder": "clips of the folder"}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +47,9 @@ class Clips:
 def open_splits(data, vae_config, num_clips: int, spatial_multiple: int, *, alike: bool, **options) -> dict[str, Split]:
     """Split -> samples to score, of a config's `data` section.
 
-    Of the world: the splits test and heldout. Of files: at most `num_clips` of the videos of `val_path` and
-    `val_split` or, where there are none, of the training data, spread evenly. Of latent shards: likewise of the videos
-    that they were encoded from.
+    Of the world: the splits test and heldout; of PhyWorld's scenes: test and ood. Of files: at most `num_clips` of the
+    videos of `val_path` and `val_split` or, where there are none, of the training data, spread evenly. Of latent
+    shards: likewise of the videos that they were encoded from.
 
     Args:
         alike: of the world, clips of one shape, the commonest of more than one frame, and with a single object if
@@ -69,12 +71,12 @@ def open_splits(data, vae_config, num_clips: int, spatial_multiple: int, *, alik
         trained_on = not (section.get("val_path") or section.get("val_split"))
         return {"folder": Split(source, tuple(indices), trained_on)}
     config = dataclasses.replace(source.config, num_samples=num_clips)
-    if alike:
+    if alike and not isinstance(source, PhyWorld):
         moving = [shape for shape in config.shapes if shape[0] > 1] or config.shapes
         shape = collections.Counter(moving).most_common(1)[0][0]
         num_objects = (1, 1) if lead_motions(config.motions, 1) else config.num_objects
         config = dataclasses.replace(config, shapes=(shape,), num_objects=num_objects)
-    worlds = {name: World(dataclasses.replace(config, split=name)) for name in ("test", "heldout")}
+    worlds = {name: type(source)(dataclasses.replace(config, split=name)) for name in source.scored_splits}
     return {name: Split(world, tuple(range(num_clips)), trained_on=False) for name, world in worlds.items()}
 
 

@@ -72,10 +72,13 @@ class DataConfig:
     max_tokens, max_frames, fps: videos are cut and scaled to these; see `Fit`.
     val_path, val_split: what validation looks at, read like path and split. Where both are "", it is the world's own
     test split, the split "val" of latent shards that have one, and else the first val_samples training samples.
+    tokenizer (DiT): "bytes" (ByT5's), "bpe" (trained on the captions, of at most text.vocab_size tokens) or a folder
+    with one. "" is bytes; where config.init has a tokenizer, "" and "bpe" are that.
     """
 
     path: str = "world"
     world: Any = dataclasses.field(default_factory=dict)
+    phyworld: Any = dataclasses.field(default_factory=dict)
     mixture: tuple = ()  # in place of path: dicts of a path, a weight and what else that path needs
     split: str = ""  # TFDS only, as are the next three
     data_dir: str = ""
@@ -93,8 +96,8 @@ class DataConfig:
     batch: int = 8  # clips a step (VAE), rows a step (DiT)
     # VAE only
     crop: tuple[int, int, int] | None = None  # (frames, height, width), 0 as it is: larger clips are cut to it
-    # What comes before, such as images and then small clips: dicts of `steps` and of the keys above (or `world`) that
-    # differ.
+    # What comes before, such as images and then small clips: dicts of `steps` and of the keys above (or of the world)
+    # that differ.
     stages: tuple = ()
     # DiT only
     row_tokens: int = 16384
@@ -102,7 +105,7 @@ class DataConfig:
     max_segments: int = 64
     val_samples: int = 64
     ranks: int = 0  # shares of a batch that have equal cost; 0: as many as the mesh has when the run starts
-    tokenizer: str = ""  # folder with one, or "bytes" (ByT5's); "": BPE, trained on the captions
+    tokenizer: str = ""
     text_embeds: bool = False  # keep captions' embeddings beside the latents, and train without the frozen text encoder
     posterior: str = "mean"  # of latents: "mean", or "sample" for a new draw each time that a sample comes
 

@@ -15,7 +15,7 @@ from jax.sharding import SingleDeviceSharding
 from data_pipelines.latent_shards import LatentShards, is_shards, shards_folder
 from data_pipelines.latent_writer import splits
 from data_pipelines.sources import open_source
-from data_pipelines.text_tokens import Tokenizer
+from data_pipelines.text_tokens import BPE, Tokenizer
 from sorax import config as config_lib
 from sorax import convert, functional, lora_files, read_weights, sharding
 from sorax import lora as lora_lib
@@ -131,17 +131,19 @@ class Run:
         return [(s.num_frames, s.height, s.width, s.fps) for s in specs]
 
     def metadata(self, weights: str) -> dict:
-        """What a model card says of the run; its scores, if this step was evaluated into the folder's `report/`."""
+        """What a model card and provenance.json say of the run, of paths the last part alone; its scores, if this step
+        was evaluated into the folder's `report/`."""
         frames, height, width, fps = self.usual_shape()
         how = self.sampling()
         sample = dict(prompt="a red circle moving right", height=height, width=width, num_frames=frames, fps=fps,
                       num_steps=how["num_steps"], guidance_scale=how["guidance_scale"])  # fmt: skip
         data = self.config.data
         paths = [part["path"] for part in data.get("mixture") or ()] or [data.path]
-        sentence = ", ".join(f"`{path}`" for path in paths if path) or "Unknown: these are imported weights."
+        paths = [config_lib.published(path) for path in paths if path]
+        sentence = ", ".join(f"`{path}`" for path in paths) or "Unknown: these are imported weights."
         return dict(name=os.path.basename(os.path.abspath(self.workdir)), step=self.step, weights=weights,
-                    config=self.config.to_dict(), data=sentence, data_plan=self.data_plan, sample=sample,
-                    given_frames=self.gives_frames, scores=self.scores())  # fmt: skip
+                    config=config_lib.published(self.config.to_dict()), data=sentence, data_plan=self.data_plan,
+                    sample=sample, given_frames=self.gives_frames, scores=self.scores())  # fmt: skip
 
     def scores(self) -> dict[str, str]:
         """The main scores of `report/scores.json` in words; empty where it is missing or of another step."""
@@ -248,10 +250,11 @@ def start_adapters(config, workdir: str):
 
 
 def start_tokenizer(config, workdir: str) -> str:
-    """The folder of the tokenizer that a run's text encoder was trained with, where it starts from `config.init`; ""
-    where it does not, or `config.data.tokenizer` says otherwise."""
-    if not config.get("init") or config.data.get("tokenizer"):
-        return config.data.get("tokenizer") or ""
+    """The tokenizer that a run is to have, in the words of `Tokenizer.wanted`: `config.data.tokenizer` or, where that
+    is "" or "bpe", the one that the text encoder of `config.init` was trained with, if there is one."""
+    wanted = config.data.get("tokenizer") or ""
+    if not config.get("init") or wanted not in ("", BPE):
+        return wanted
     folder = _inside(workdir, config.init)
     is_pipeline = os.path.isfile(os.path.join(folder, "model_index.json"))
     return os.path.join(folder, "tokenizer") if is_pipeline else folder

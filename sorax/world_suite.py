@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from data_pipelines.phyworld import PhyWorld
 from data_pipelines.sources import open_source
 from data_pipelines.world import World
 from sorax.abnormal import abnormal_events, persistence
@@ -30,6 +31,7 @@ from sorax.judging import DETAILED, SHORT, judge
 from sorax.metrics import psnr
 from sorax.parser import parse_clip
 from sorax.patchify import num_tokens
+from sorax.physics_suite import open_phyworld, world_physics_parts
 from sorax.statistics import rate_cell, reliability
 from sorax.suite import Part
 
@@ -119,9 +121,9 @@ def open_world(run) -> World:
 
 
 def world_parts(run, makers: Makers, counts: Counts) -> tuple[list[Part], dict[str, str]]:
-    """The parts for a run, and why the others are not scored: name -> reason."""
-    from sorax.physics_suite import world_physics_parts
-
+    """The parts for a run, and why the others are not scored: name -> reason. Of PhyWorld's scenes physics alone."""
+    if run.config.data.get("path") == PhyWorld.name:
+        return world_physics_parts(open_phyworld(run), makers, counts.clips)
     world = open_world(run)
     trained = world.config.captions
     parts, left = [], {}

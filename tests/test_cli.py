@@ -171,6 +171,22 @@ def test_a_run_does_not_go_on_with_another_tokenizer(tiny_run, tmp_path, capsys)
     assert "data" in line and "has changed" in line
 
 
+def test_a_run_from_before_bpe_had_a_name_goes_on(tiny_run, tmp_path, capsys):
+    """`data.tokenizer` was "" where one was trained on the captions: the run folder keeps it."""
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    config = json.loads((run / "config.json").read_text())
+    assert config["data"]["tokenizer"] == "bpe"
+    config["data"]["tokenizer"] = ""
+    (run / "config.json").write_text(json.dumps(config))
+    argv = ["train", "--config", str(run / "config.json"), "--workdir", str(run)]
+    line = fails(capsys, *argv, "--config.data.tokenizer=bytes")
+    assert "data.tokenizer: '' there, 'bytes' here" in line
+    assert cli.main([*argv, "--config.data.tokenizer=bpe"]) == 0
+    assert "already at step 2 of 2" in capsys.readouterr().out
+    assert json.loads((run / "config.json").read_text())["data"]["tokenizer"] == "bpe"
+
+
 def test_a_spoilt_tokenizer_is_named(capsys, tiny_run, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)

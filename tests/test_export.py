@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from data_pipelines.text_tokens import Tokenizer
 from sorax import convert, export, original_names
 from sorax.checkpoint import Checkpoints
+from sorax.config import published
 from sorax.dit import DiT, DiTConfig
 from sorax.errors import UserError
 from sorax.export_comfyui import export_comfyui
@@ -146,6 +147,15 @@ def test_model_card_says_how_to_run_it(networks, tmp_path):
     metadata["given_frames"] = True  # in patches that diffusers gives no timesteps
     told = export.export_diffusers(networks, TOKENIZER, tmp_path / "told", shift=3.0, metadata=metadata)
     assert "It was trained with given frames too, which diffusers cannot run" in (told / "README.md").read_text()
+
+
+@pytest.mark.parametrize("there, shown", [
+    ("/home/x/clips", "clips"), ("../runs/vae/", "vae"), ("shards:/home/x/latents", "shards:latents"), ("", ""),
+    ("/home/x/wan/imported", "wan/imported"), ("imported", "imported"), ("tfds:a/b:1.0.0", "tfds:a/b:1.0.0"),
+    ("gs://bucket/x/clips", "clips"), ("world", "world"), ([dict(path="/x/clips")], [dict(path="clips")]),
+])  # fmt: skip
+def test_of_a_path_its_last_part_is_published(there, shown):
+    assert published({"data": {"path": there}}) == {"data": {"path": shown}}
 
 
 def test_own_format_keeps_names_and_values(networks, tmp_path):

@@ -13,6 +13,7 @@ from sorax.generate import Generator, Request, given_frames
 
 WAN = pathlib.Path(__file__).parent / "fixtures" / "wan"
 TOKENIZER = Tokenizer.train(["a red circle moving right", "two blue stars, both standing still"], 300)
+TOKENIZERS = dict(bpe=TOKENIZER, bytes=Tokenizer.of_bytes())
 CAPTIONS = (
     "a red circle moving right", "A green squirrel, déjà vu", "красный круг 🔴 赤い円 👩‍👩‍👧", "", "</s>",
     "a <pad></s>b <unk>", "  two  blue\tstars\n", "&quot;a&quot; &amp;amp; b", "red " * 30,
@@ -26,43 +27,45 @@ def networks():
 
 
 @pytest.mark.parametrize("caption", CAPTIONS)
-def test_the_exported_tokenizer_gives_our_ids(tokenizer_there, caption):
+def test_the_exported_tokenizer_gives_our_ids(tokenizers_there, caption):
     """Called as WanPipeline calls it, on what it has cleaned."""
+    tokenizer, theirs = tokenizers_there
     pipeline_wan = pytest.importorskip("diffusers.pipelines.wan.pipeline_wan")
-    batch = tokenizer_there(
+    batch = theirs(
         [pipeline_wan.prompt_clean(caption)], padding="max_length", max_length=512, truncation=True,
         add_special_tokens=True, return_attention_mask=True, return_tensors="np",
     )  # fmt: skip
-    ids = TOKENIZER.encode(caption)
+    ids = tokenizer.encode(caption)
     np.testing.assert_array_equal(batch.input_ids[0], np.pad(ids, (0, 512 - len(ids))))
     assert batch.attention_mask.sum() == len(ids)
-    assert tokenizer_there.decode(ids, skip_special_tokens=True).strip() == TOKENIZER.decode(ids)
+    assert theirs.decode(ids, skip_special_tokens=True).strip() == tokenizer.decode(ids)
 
 
-@pytest.fixture(scope="module")
-def tokenizer_there(networks, tmp_path_factory):
-    """The tokenizer of an exported folder, in transformers."""
-    transformers = pytest.importorskip("transformers")
-    out = export.export_diffusers(networks, TOKENIZER, tmp_path_factory.mktemp("tokenizer") / "out", shift=3.0)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(out / "tokenizer")
-    assert len(tokenizer) == TOKENIZER.vocab_size and tokenizer.model_max_length == 512
-    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (0, 1, 2)
-    return tokenizer
+@pytest.fixture(scope="module", params=TOKENIZERS)
+def tokenizers_there(request, networks, tmp_path_factory):
+    """One of ours, and the tokenizer of an exported folder, in transformers."""
+    transformers, tokenizer = pytest.importorskip("transformers"), TOKENIZERS[request.param]
+    out = export.export_diffusers(networks, tokenizer, tmp_path_factory.mktemp("tokenizer") / "out", shift=3.0)
+    theirs = transformers.AutoTokenizer.from_pretrained(out / "tokenizer")
+    assert len(theirs) == tokenizer.vocab_size and theirs.model_max_length == 512
+    assert (theirs.pad_token_id, theirs.eos_token_id, theirs.unk_token_id) == (0, 1, 2)
+    assert isinstance(theirs, getattr(transformers, tokenizer.hugging_face))
+    return tokenizer, theirs
 
 
-def generator_of(n):
-    return Generator(n.dit_config, n.dit, n.text_config, n.text, TOKENIZER, Codec(n.vae_config, n.vae))
+def generator_of(n, tokenizer=TOKENIZER):
+    return Generator(n.dit_config, n.dit, n.text_config, n.text, tokenizer, Codec(n.vae_config, n.vae))
 
 
-@pytest.mark.parametrize("solver", ["euler", "unipc", "dpm++"])
+@pytest.mark.parametrize("solver, kind", [("euler", "bytes"), ("unipc", "bpe"), ("dpm++", "bpe")])
 @pytest.mark.parametrize("shape", [(5, 32, 48), (1, 48, 32)], ids=str)
-def test_the_exported_folder_runs_in_diffusers(networks, tmp_path, solver, shape):
+def test_the_exported_folder_runs_in_diffusers(networks, tmp_path, solver, kind, shape):
     """Prompt to pixels through WanPipeline as in our sampler, with a negative prompt: latents to 1e-4 of the largest,
     float32 sums in another order, pixels within 1 of 255."""
     diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
-    out = export.export_diffusers(networks, TOKENIZER, tmp_path / "out", shift=3.0, solver=solver)
+    out = export.export_diffusers(networks, TOKENIZERS[kind], tmp_path / "out", shift=3.0, solver=solver)
     pipe = diffusers.WanPipeline.from_pretrained(out)
-    (T, H, W), generator = shape, generator_of(networks)
+    (T, H, W), generator = shape, generator_of(networks, TOKENIZERS[kind])
     noise = np.random.default_rng(0).standard_normal((1 + (T - 1) // 4, H // 8, W // 8, 4), np.float32)
     prompt, settings = "a red circle moving right </s>", dict(guidance_scale=3.0)
     their_noise = torch.from_numpy(np.moveaxis(noise, -1, 0)[None].copy())

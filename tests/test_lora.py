@@ -319,6 +319,23 @@ def test_a_merged_export_has_the_lora_in_its_weights(trained, tmp_path):
     assert len(changed) == 10 and {after[name].dtype.name for name in changed} == {"float32"}
 
 
+def test_what_is_exported_names_no_folder_of_somebodys_disk(trained, tmp_path, capsys):
+    """And a folder that is taken is refused before any weights are read."""
+    run = shutil.copytree(trained, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["path"], config["init"], config["lora"]["init"] = "/home/x/clips", f"{run}/imported", "/home/x/lora"
+    (run / "config.json").write_text(json.dumps(config))
+    for kind in ("merged", "adapter"):
+        assert main(["export", "--run", str(run), "--lora", kind, "--out", str(tmp_path / kind)]) == 0
+        texts = [(tmp_path / kind / name).read_text() for name in ("README.md", "provenance.json")]
+        assert "`clips`" in texts[0] and not any(place in text for text in texts for place in ("/home", str(tmp_path)))
+    assert "`run/imported`" in texts[0]
+    shutil.rmtree(run / "imported")
+    for kind in ("merged", "adapter"):
+        assert main(["export", "--run", str(run), "--lora", kind, "--out", str(tmp_path / kind)]) == 2
+        assert "exists and is not an empty folder" in capsys.readouterr().err
+
+
 def test_wans_own_names_are_read_and_written(trained, tmp_path):
     out, workdir = tmp_path / "out", tmp_path / "run"
     arguments = ["--lora", "adapter", "--format", "comfyui", "--weights", "raw", "--out", str(out)]

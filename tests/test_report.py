@@ -71,7 +71,7 @@ def no_plots(monkeypatch):
 
 
 SETTINGS = Settings(Fit(max_tokens=48, fps=8.0, max_frames=17), row_tokens=128, row_text=256, max_segments=8, batch=4,
-                    vocab_size=300, steps=50)  # fmt: skip
+                    tokenizer="bpe", vocab_size=300, steps=50)  # fmt: skip
 
 
 class Page(html.parser.HTMLParser):
@@ -164,10 +164,12 @@ def test_samples_that_fit_in_no_row_are_a_problem_and_named():
 # --- Text and packing
 
 
-def test_text_lengths_are_those_of_the_tokenizer_that_training_makes():
+@pytest.mark.parametrize("wanted", ["", "bpe"])
+def test_text_lengths_are_those_of_the_tokenizer_that_training_takes(wanted):
     captions = [f"a {c} dog runs {k} times" for c in ("red", "blue", "green") for k in range(20)]
-    lengths, encoded, different = text_lengths(pa.array(captions * 2), SETTINGS)
-    tokenizer = Tokenizer.train(captions * 2, SETTINGS.vocab_size)
+    settings_ = dataclasses.replace(SETTINGS, tokenizer=wanted, vocab_size=400)
+    lengths, encoded, different = text_lengths(pa.array(captions * 2), settings_)
+    tokenizer = Tokenizer.train(captions * 2, 400) if wanted else Tokenizer.of_bytes()
     assert lengths.tolist() == 2 * [len(tokenizer.encode(caption)) for caption in captions]
     assert encoded == different == 60
 

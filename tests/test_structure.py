@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from data_pipelines.text_tokens import MIN_VOCAB
+from data_pipelines.text_tokens import BPE, MIN_VOCAB, Tokenizer
 from sorax import config as config_lib
 from sorax import objectives
 from sorax.dit import DiT, DiTConfig
@@ -225,7 +225,7 @@ def check_dit(config):
         return network(tokens, where, ids, levels, ids, embeds, text_ids, bias, remat=config.train.get("remat", "none"))
 
     assert jax.eval_shape(velocity, dit, text, tokens, where, ids, levels, text_ids, bias).shape == tokens.shape
-    assert text_model.vocab_size >= MIN_VOCAB
+    assert text_model.vocab_size >= (MIN_VOCAB if data.tokenizer == BPE else Tokenizer.of_bytes().vocab_size)
     if not config.vae.get("path"):
         vae_config = check_vae(config.vae)
         assert vae_config.latent_channels == model.in_channels == model.out_channels

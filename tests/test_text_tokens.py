@@ -126,12 +126,14 @@ class Captions:
 
 
 def test_a_run_folder_keeps_its_tokenizer(tmp_path, monkeypatch):
-    """Trained on captions from first to last; one that is there is read, if the vocabulary has room for it."""
+    """Trained on captions from first to last; one that is there is read, if the vocabulary has room for it. So are
+    those of runs that were begun when "" meant to train one."""
     monkeypatch.setattr(encode, "MAX_CAPTIONS", 3)
     captions = encode.survey(Captions(["first", "no", "mid", "no", "last"])).captions
-    made = prepare_tokenizer(captions, 300, tmp_path)
+    made = prepare_tokenizer(captions, 300, tmp_path, "bpe")
     assert made.identity == Tokenizer.train(["first", "mid", "last"], 300).identity
-    assert prepare_tokenizer(["other"], 300, tmp_path).identity == made.identity
+    for wanted in ("bpe", ""):
+        assert prepare_tokenizer(["other"], 300, tmp_path, wanted).identity == made.identity
     with pytest.raises(UserError, match=rf"tokenizer.json has {made.vocab_size} tokens.*vocab_size is 260"):
         prepare_tokenizer(["first"], 260, tmp_path)
 
@@ -174,15 +176,23 @@ def test_other_tokenizers_are_kept_and_found_again(name, tmp_path):
 
 
 def test_a_run_takes_the_tokenizer_that_is_wanted(tmp_path):
+    """Bytes unless told otherwise; whatever else a file of ByT5's says."""
     folder = str(FIXTURES / "t5")
     assert prepare_tokenizer([], 800, tmp_path / "a", folder).identity == Tokenizer.load(folder).identity
-    assert prepare_tokenizer([], 384, tmp_path / "b", "bytes").identity == Tokenizer.load(tmp_path / "b").identity
-    with pytest.raises(UserError, match=r"another tokenizer than config\.data\.tokenizer 'bytes'"):
-        prepare_tokenizer([], 800, tmp_path / "a", "bytes")
+    for wanted in ("", "bytes", ""):
+        assert prepare_tokenizer([], 384, tmp_path / "b", wanted).identity == Tokenizer.of_bytes().identity
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer", "pad_token": "<pad>"}')
+    for wanted in ("bytes", str(tmp_path / "b")):
+        assert prepare_tokenizer([], 384, tmp_path / "c", wanted).identity == Tokenizer.of_bytes().identity
+    for there, wanted in (("a", "bytes"), ("a", "bpe"), ("b", "bpe"), ("b", folder)):
+        with pytest.raises(UserError, match=rf"another tokenizer \(\w+\.\w+\) than '{wanted}', which config\.data"):
+            prepare_tokenizer([], 800, tmp_path / there, wanted)
     with pytest.raises(UserError, match=r"has 384 tokens, but config\.text\.vocab_size is 300"):
-        prepare_tokenizer([], 300, tmp_path / "c", "bytes")
-    with pytest.raises(UserError, match=r"tokenizer\.json cannot be read"):
-        prepare_tokenizer([], 800, tmp_path / "d", str(tmp_path / "nothing"))
+        prepare_tokenizer([], 300, tmp_path / "d")
+    with pytest.raises(UserError, match=r"is 'byte': use bytes, bpe or a folder"):
+        prepare_tokenizer([], 800, tmp_path / "d", "byte")
+    assert not (tmp_path / "d").exists()
 
 
 @pytest.mark.parametrize("content, reason", [(b"no model", "is no tokenizer"), (b"", "is no tokenizer")])

@@ -68,7 +68,7 @@ def main():
         process.join()
         table = feather.read_table(f"{name}/table", memory_map=False)
         index = Index(table, dict(source=dict(kind="source", path="made up"), identity="0"))
-        settings = Settings(Fit(max_tokens=16384), vocab_size=8192, steps=100_000)
+        settings = Settings(Fit(max_tokens=16384), tokenizer="bpe", vocab_size=8192, steps=100_000)
         began, cpu = time.perf_counter(), time.process_time()
         numbers = make_report(index, f"{name}/report", settings)
         wall, cpu = time.perf_counter() - began, time.process_time() - cpu
