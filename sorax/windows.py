@@ -241,7 +241,7 @@ class _Maker:
         beginning = []
         for window in forward:
             frames = yield from self._forward(window)
-            if canvas.back and not beginning:
+            if canvas.back and not len(beginning):
                 beginning = frames
         if not canvas.back:
             return
