@@ -33,7 +33,9 @@ class Request:
 
     noise: where it starts: float `[t, h, w, C]`, in the normalised latent space; None: drawn from the seed.
     given: what of it is given rather than generated: bool `[t, h, w]`, the same within a patch, and the latents
-        `[t, h, w, C]` that it shows there (any finite value elsewhere). See `given_frames`.
+        `[t, h, w, C]` that it shows there (any finite value elsewhere). See `sorax.modes`.
+    edit: latents `[t, h, w, C]` that it is made of, and how much of the noise schedule they go back, from 0.01 to 1
+        (SDEdit; Meng et al. 2022): 1 leaves nothing of them. None: it is made of noise.
     """
 
     prompt: str
@@ -48,7 +50,8 @@ class Request:
 
 
 def given_frames(codec: Codec, pieces: dict[int, np.ndarray], num_frames: int, height: int, width: int):
-    """`Request.given` of pieces of video, each encoded by itself, such as a first frame.
+    """`Request.given` of pieces of video, each encoded by itself, such as a first frame. (A piece that begins later is
+    not what training shows there: see `sorax.modes.given_of`.)
 
     Args:
         pieces: latent frame at which a piece begins -> uint8 `[T, H, W, 3]`, T = 4n + 1 (for a temporal stride of 4).
