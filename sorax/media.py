@@ -161,7 +161,7 @@ def _whole_frames(pattern: str):
     folder, name = os.path.split(pattern)
     folder = folder or "."
     if os.path.isdir(folder) and (there := fnmatch.filter(os.listdir(folder), re.sub(r"%(0\d)?d", "*", name))):
-        raise UserError(f"{os.path.join(folder, there[0])} is there already: name another folder for the frames, or "
+        raise UserError(f"{os.path.join(folder, min(there))} is there already: name another folder for the frames, or "
                         "remove them")  # fmt: skip
     part = os.path.join(folder, f".frames.{os.getpid()}.part")
     made = not os.path.exists(folder)
