@@ -128,6 +128,11 @@ def world_parts(run, makers: Makers, counts: Counts) -> tuple[list[Part], dict[s
     trained = world.config.captions
     parts, left = [], {}
     for split in SPLITS:
+        try:
+            _changed(world, split=split)
+        except UserError as error:  # its largest objects do not fit in so small a world
+            left[f"prompts/{split}"] = str(error).rstrip(".")
+            continue
         for style in ("short", "detailed"):
             parts.append(prompt_part(world, makers, counts.clips, split, style, trained))
     parts.append(reliability_part(world, makers, counts))
@@ -206,7 +211,8 @@ def prompt_part(world: World, makers: Makers, count: int, split: str, style: str
         "that it says; usable: that, and nothing vanishes, appears, splits, deforms or jumps." + strange,
         count=count, chunk=makers.chunk(clips.shape),
         make=makers.truth(clips.video) | makers.model(clips.requests) | makers.untrained(clips.requests),
-        judge=_judging(clips, asked), caption=clips.caption, seed=lambda i: i, metrics=CHECKS,
+        judge=_judging(clips, asked), caption=clips.caption, seed=lambda i: i,
+        metrics={name: title for name, title in CHECKS.items() if name in ("joint", "usable", "normal", *asked)},
         fps=world.config.fps, data=clips.data,
     )  # fmt: skip
 
@@ -234,6 +240,7 @@ def reliability_part(world: World, makers: Makers, counts: Counts) -> Part:
         count=counts.prompts * samples, chunk=makers.chunk(clips.shape), make=makers.model(requests), judge=judge_case,
         caption=lambda i: clips.caption(i // samples), seed=lambda i: 1_000_000 + i,
         metrics={name: name for name in names}, fps=world.config.fps, data=clips.data, tables=tables,
+        group=lambda i: i // samples,
     )  # fmt: skip
 
 
