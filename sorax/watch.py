@@ -19,7 +19,7 @@ class Watched:
                 for i, (caption, video) in enumerate(zip(self.clips.captions, self.clips.videos))]  # fmt: skip
 
     def rates(self, videos) -> dict[str, float]:
-        """eval/prompts/joint, eval/prompts/color, ...: the share of videos (of `requests`, in order) that are right in it."""
+        """eval/prompts/joint, ...: the share of videos (of `requests`, in order) that are right in that."""
         table = summarise([judge(video, truth) for video, truth in zip(videos, self.clips.truths)])
         return {f"eval/prompts/{name}": cell["rate"] for name, cell in table.items() if cell["n"]}
 
