@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
+BAR_GREY = 120
 HALO = 7  # pixels a side around what is no background, within which soft edges may tint a pixel
 
 
@@ -20,12 +21,19 @@ class Bar:
     low: float
     high: float
 
+    def pixels(self, size, margin=0):
+        """Which pixels it covers, made wider by `margin` pixels on either side: bool [H, W] of a frame (H, W, ...)."""
+        short, count = min(size[:2]), size[1 - self.axis]
+        middle = np.arange(count) + 0.5
+        line = (middle > self.low * short - margin) & (middle < self.high * short + margin)
+        return np.broadcast_to(line[None] if self.axis == 0 else line[:, None], size[:2])
 
-def find_bar(video, grey=120, tolerance=30, chroma=24, share=0.8):
+
+def find_bar(video, tolerance=30, chroma=24, share=0.8):
     """The embedded world's occluder in a clip uint8 [T, H, W, 3], or None. Objects pass behind it, never before it."""
     height, width = video.shape[1:3]
     values = video.astype(np.int16)
-    is_grey = (np.abs(values - grey) <= tolerance).all(-1) & (values.max(-1) - values.min(-1) <= chroma)
+    is_grey = (np.abs(values - BAR_GREY) <= tolerance).all(-1) & (values.max(-1) - values.min(-1) <= chroma)
     best = None
     for axis in (0, 1):
         line = is_grey.mean((0, 1) if axis == 0 else (0, 2)) >= share
@@ -37,10 +45,11 @@ def find_bar(video, grey=120, tolerance=30, chroma=24, share=0.8):
     return best[1] if best else None
 
 
-def background(pixels, distance, named=28.0, near=24.0):
+def background(pixels, distance, bar=None, named=28.0, near=24.0):
     """Still picture behind the objects [H, W, 3] and its tones [n, 3], or None if nothing flat is found but objects.
 
-    pixels: float32 [T, H, W, 3]; distance [T, H, W]: of each to the nearest colour that an object may have.
+    pixels: float32 [T, H, W, 3]; distance [T, H, W]: of each to the nearest colour that an object may have; bar: as
+    found by `find_bar`, part of the picture.
     """
     across = length(np.diff(pixels, axis=2, append=pixels[:, :, -1:]))
     rough = np.maximum(across, length(np.diff(pixels, axis=1, append=pixels[:, -1:])))
@@ -49,6 +58,9 @@ def background(pixels, distance, named=28.0, near=24.0):
     if not len(tones):
         return None
     gap = np.stack([length(pixels - tone) for tone in tones])  # [tones, T, H, W]
+    if bar is not None and len(tones) > 1:  # elsewhere grey is the soft edge of a white object
+        grey = int(length(tones - BAR_GREY).argmin())
+        gap[grey][:, ~bar.pixels(gap.shape[2:], 1)] = np.inf
     nearest = gap.min(0)
     tone = np.where(nearest < 1.5 * near, gap.argmin(0), -1)
     votes = np.stack([np.count_nonzero(tone == k, axis=0) for k in range(len(tones))])  # [tones, H, W]

@@ -41,14 +41,15 @@ def parse_clip(video, colors=None, shapes=None):
     palette = tuple((name, tuple(int(v) for v in rgb)) for name, rgb in colors.items())
     nearest, distance = _nearest_named(video, palette)
     pixels = video.astype(np.float32)
-    behind = background(pixels, distance)
+    bar = find_bar(video)
+    behind = background(pixels, distance, bar)
     if behind is None:
         return []
     picture, tones = behind
-    hues = _colors_present(pixels, picture, tones, nearest, distance, len(palette))
+    hues = _colors_present(pixels, picture, tones, nearest, distance, len(palette), bar)
     if not len(hues):
         return []
-    found = _detect(pixels, picture, hues, find_bar(video))
+    found = _detect(pixels, picture, hues, bar)
     if found is None:
         return []
     detections, alpha, owner = found
@@ -98,7 +99,9 @@ def name_color(rgb, palette, reach=40.0, ratio=0.75):
 # objects in a frame ----------------------------------------------------------------------------------------------
 
 
-def _colors_present(pixels, background, tones, nearest, distance, num_colors, stand_out=48.0, tolerance=36.0):
+def _colors_present(
+    pixels, background, tones, nearest, distance, num_colors, bar=None, stand_out=48.0, tolerance=36.0
+):  # fmt: skip
     """Measured colours [C, 3] of the objects in the clip.
 
     A pixel on an object's edge may have the name of a third colour (orange over black is brown, near red), so names
@@ -109,6 +112,7 @@ def _colors_present(pixels, background, tones, nearest, distance, num_colors, st
     open_ = pixels_off > stand_out
     behind = np.broadcast_to(background, pixels.shape)
     weight = np.clip(1 - distance / 60, 0.02, 1) ** 2
+    bar_edge = None if bar is None else bar.pixels(background.shape, 1) & ~bar.pixels(background.shape, -1)
     hues, cores = [], []
     for _ in range(num_colors):
         power = np.bincount(nearest[open_], weight[open_], minlength=num_colors)
@@ -123,6 +127,8 @@ def _colors_present(pixels, background, tones, nearest, distance, num_colors, st
             continue
         if any(project(hue, one, two)[1] < 20 for one, two in itertools.combinations_with_replacement(tones, 2)):
             continue  # a place where the background was misjudged
+        if bar_edge is not None and bar_edge[np.nonzero(mask)[1:]].all():
+            continue  # there an object mixes with the bar, and not with what is behind both
         core = length(pixels - hue) < 60
         grown = ndimage.binary_dilation(core, _PLANE, iterations=2)
         # its soft edge, as far as it reaches: a blurred tip is long
@@ -231,10 +237,8 @@ def _detect(pixels, background, hues, bar):
     edge = np.bincount(who[edge], minlength=count + 1) > 0
     at_bar, near_bar = np.zeros(count + 1, bool), np.zeros(count + 1, bool)
     if bar is not None:
-        along, unit = (col, row)[bar.axis], min(height, width)
         for flags, reach in ((at_bar, 1), (near_bar, 3)):
-            beside = sure & (along >= bar.low * unit - reach) & (along < bar.high * unit + reach)
-            flags[who[beside]] = True
+            flags[who[sure & bar.pixels((height, width), reach)[row, col]]] = True
     frame = ndimage.maximum(t, who, ids).astype(int)
     flags = dict(edge=edge, touch=touch, bar=at_bar, cut=cut | edge | at_bar, near=near | edge | near_bar)
     flags = {name: flag[1:] for name, flag in flags.items()}

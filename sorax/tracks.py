@@ -23,8 +23,8 @@ class Track:
     color, shape: names, or None for 'cannot tell'; rgb: measured colour, 0..255; positions [T, 2]: (x, y), y down,
     in fractions of the frame's shorter side, the origin at the frame's top-left corner: the centroid of what can be
     seen; area [T]: in shorter side squared; seen [T] bool; cut [T] bool: it touches the frame's edge, another object
-    or the bar, so that position and area may not be those of the whole object; edge, touch [T] bool: it touches the
-    frame's edge, an object of another colour. frame_rgb [T, 3] and patches [T, G * G] (see `shape_match`): measured in
+    or the bar, so that position and area may not be those of the whole object; edge, touch, bar [T] bool: which of
+    them, touch being an object of another colour. frame_rgb [T, 3] and patches [T, G * G] (see `shape_match`): measured in
     each frame.
     """
 
@@ -38,6 +38,7 @@ class Track:
     scores: dict
     edge: np.ndarray
     touch: np.ndarray
+    bar: np.ndarray
     frame_rgb: np.ndarray
     patches: np.ndarray
 
@@ -197,4 +198,4 @@ def make_track(path, found, alpha, owner, size, name, shapes):
         use &= areas >= 0.85 * areas[use].max()  # a smaller one may be partly hidden
         shape, scores = classify(patches[use].mean(0), shapes)
     return Track(name(rgb), shape, rgb, positions, areas / short**2, seen, cut, scores, any_of(found["edge"]),
-                 any_of(found["touch"]), per_frame(found["rgb"][path]), patches)  # fmt: skip
+                 any_of(found["touch"]), any_of(found["bar"]), per_frame(found["rgb"][path]), patches)  # fmt: skip
