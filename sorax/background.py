@@ -41,8 +41,21 @@ def find_bar(video, tolerance=30, chroma=24, share=0.8):
         for k in range(1, count + 1):
             at = np.flatnonzero(runs == k)
             if 2 <= len(at) <= 0.7 * len(line) and (best is None or len(at) > best[0]):
-                best = len(at), Bar(axis, at[0] / min(height, width), (at[-1] + 1) / min(height, width))
-    return best[1] if best else None
+                best = len(at), axis, int(at[0]), int(at[-1]) + 1
+    if best is None:
+        return None
+    _, axis, low, high = best
+    lines = np.median(values, axis=0).astype(np.float32)  # [H, W, 3], mostly without objects
+    lines = lines if axis == 1 else lines.swapaxes(0, 1)
+    grey = lines[(low + high) // 2]
+
+    def part(at, outside):  # of a line of pixels beside it that it covers too
+        if not 0 <= outside < len(lines):
+            return 0.0
+        return float(np.clip(np.median(project(lines[at], lines[outside], grey)[0]), 0, 1))
+
+    return Bar(axis, (low - part(low - 1, low - 2)) / min(height, width),
+               (high + part(high, high + 1)) / min(height, width))  # fmt: skip
 
 
 def background(pixels, distance, bar=None, named=28.0, near=24.0):
@@ -58,18 +71,20 @@ def background(pixels, distance, bar=None, named=28.0, near=24.0):
     if not len(tones):
         return None
     gap = np.stack([length(pixels - tone) for tone in tones])  # [tones, T, H, W]
+    barred = np.zeros(gap.shape[2:], bool)
     if bar is not None and len(tones) > 1:  # elsewhere grey is the soft edge of a white object
-        grey = int(length(tones - BAR_GREY).argmin())
+        grey, barred = int(length(tones - BAR_GREY).argmin()), bar.pixels(gap.shape[2:])
         gap[grey][:, ~bar.pixels(gap.shape[2:], 1)] = np.inf
-    nearest = gap.min(0)
-    tone = np.where(nearest < 1.5 * near, gap.argmin(0), -1)
+    tone = np.where(gap.min(0) < 1.5 * near, gap.argmin(0), -1)
     votes = np.stack([np.count_nonzero(tone == k, axis=0) for k in range(len(tones))])  # [tones, H, W]
-    label = votes.argmax(0)
-    known = votes.max(0) > 0
-    if not known.all():  # always covered: continue the nearest tone
+    label = _halves(np.where(barred, 0, votes))
+    if label is None:
+        known = votes.max(0) > 0
         row, col = ndimage.distance_transform_edt(~known, return_distances=False, return_indices=True)
-        label = label[row, col]
-    # An object's soft edge tints the background: only frames count in which none is near.
+        label = votes.argmax(0)[row, col]  # always covered: continue the nearest tone
+    if barred.any():
+        label = np.where(barred, grey, label)
+    # an object's soft edge tints the background: only frames count in which none is near
     sees = (tone == label) & ~ndimage.maximum_filter(tone < 0, (1, HALO, HALO))
     count = sees.sum(0)
     picture = np.einsum("thwc,thw->hwc", pixels, sees.astype(np.float32)) / np.maximum(count, 1)[..., None]
@@ -92,6 +107,26 @@ def background(pixels, distance, bar=None, named=28.0, near=24.0):
         usual = np.nanmedian(np.where(mixed[..., None], band, np.nan)[:, mixed.any(0)], axis=0)
         picture[rows[mixed.any(0)], cols[mixed.any(0)]] = usual
     return picture.astype(np.float32), tones
+
+
+def _halves(votes, purity=0.9):
+    """Which tone is where [H, W] if whole rows or whole columns are of one tone, as votes [tones, H, W] say; else None.
+
+    An object's soft edge may look like the other tone: a whole line outvotes it.
+    """
+    best = None
+    for axis in (1, 2):
+        lines = votes.sum(axis)  # [tones, W] or [tones, H]
+        pure = lines.max(0).sum() / max(lines.sum(), 1)
+        if best is None or pure > best[0]:
+            best = pure, axis, lines
+    pure, axis, lines = best
+    known = lines.max(0) > 0
+    if pure < purity or not known.any():
+        return None
+    at = np.arange(len(known))
+    nearest = at[known][np.abs(at[:, None] - at[known]).argmin(1)]
+    return np.broadcast_to(np.expand_dims(lines.argmax(0)[nearest], axis - 1), votes.shape[1:])
 
 
 def _tones(pixels, plain, near, at_border=0.06, least=0.03):

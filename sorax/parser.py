@@ -112,7 +112,7 @@ def _colors_present(
     open_ = pixels_off > stand_out
     behind = np.broadcast_to(background, pixels.shape)
     weight = np.clip(1 - distance / 60, 0.02, 1) ** 2
-    bar_edge = None if bar is None else bar.pixels(background.shape, 1) & ~bar.pixels(background.shape, -1)
+    bar_edge = None if bar is None else bar.pixels(background.shape, 1.5) & ~bar.pixels(background.shape, -1.5)
     hues, cores = [], []
     for _ in range(num_colors):
         power = np.bincount(nearest[open_], weight[open_], minlength=num_colors)
@@ -237,7 +237,7 @@ def _detect(pixels, background, hues, bar):
     edge = np.bincount(who[edge], minlength=count + 1) > 0
     at_bar, near_bar = np.zeros(count + 1, bool), np.zeros(count + 1, bool)
     if bar is not None:
-        for flags, reach in ((at_bar, 1), (near_bar, 3)):
+        for flags, reach in ((at_bar, 1.5), (near_bar, 3.5)):
             flags[who[sure & bar.pixels((height, width), reach)[row, col]]] = True
     frame = ndimage.maximum(t, who, ids).astype(int)
     flags = dict(edge=edge, touch=touch, bar=at_bar, cut=cut | edge | at_bar, near=near | edge | near_bar)

@@ -64,7 +64,7 @@ def canonical_patches(alpha, owner, frames, labels, centers, radii):
             row, col = np.clip(row, 0, height - 1), np.clip(col, 0, width - 1)
             weight = (fy if dy else 1 - fy) * (fx if dx else 1 - fx)
             total += weight * np.where(inside & (owner[t, row, col] == label), alpha[t, row, col], 0)
-    return total.reshape(len(frames), -1)
+    return total.reshape(len(frames), GRID * GRID)
 
 
 def classify(patch, shapes, margin=0.12, misfit=1.0):

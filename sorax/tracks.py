@@ -24,8 +24,8 @@ class Track:
     in fractions of the frame's shorter side, the origin at the frame's top-left corner: the centroid of what can be
     seen; area [T]: in shorter side squared; seen [T] bool; cut [T] bool: it touches the frame's edge, another object
     or the bar, so that position and area may not be those of the whole object; edge, touch, bar [T] bool: which of
-    them, touch being an object of another colour. frame_rgb [T, 3] and patches [T, G * G] (see `shape_match`): measured in
-    each frame.
+    them, touch being an object of another colour. frame_rgb [T, 3], patches [T, G * G] (see `shape_match`): measured
+    in each frame.
     """
 
     color: str | None
