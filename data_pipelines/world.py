@@ -138,6 +138,7 @@ class Truth:
     Lengths are fractions of the frame's shorter side; x right, y down, pixel (row r, column c) covers c..c+1, r..r+1.
     radius is that of the circle of equal area; visible is the share of an object's area that is in the frame and not
     covered by an object in front or by the bar. contacts: (seconds, wall | floor | object, i, j), j = -1 if no object.
+    unit: the length of a world unit.
     """
 
     objects: tuple[ObjectTruth, ...]
@@ -147,6 +148,7 @@ class Truth:
     radius: np.ndarray  # [K, T]
     visible: np.ndarray  # [K, T]
     contacts: list[tuple[float, str, int, int]]
+    unit: float
 
     @property
     def num_objects(self) -> int:
@@ -250,4 +252,5 @@ class World:
             radius=radius * unit,
             visible=visible_fractions(scene, position, radius, frame),
             contacts=scene.contacts(times[-1]),
+            unit=unit,
         )

@@ -1,6 +1,6 @@
 """Scores of a text-to-video run against exact ground truth: what generated clips show, and how well its VAE copies.
 
-Captions of the embedded world are given to the model and the pixels of what it makes are parsed (`sorax.metrics`),
+Captions of the embedded world are given to the model and the pixels of what it makes are judged (`sorax.judging`),
 without a network. Beside the model stand its ceilings, the true videos and the VAE's copies of them, and its floor, the
 same architecture untrained. A report folder holds
 
@@ -29,7 +29,8 @@ from sorax.evaluate_vae import data_section, evaluate_vae, fidelity
 from sorax.evaluate_vae import summary_lines as vae_lines
 from sorax.generate import Request
 from sorax.held_out import SPLITS, load_splits
-from sorax.metrics import judge, summarise
+from sorax.judging import judge
+from sorax.metrics import summarise
 from sorax.objectives import EvalConfig
 from sorax.runlog import Progress
 from sorax.runs import Run, kind_of, load_run
@@ -37,7 +38,8 @@ from sorax.score_report import header, make_folder, number, write_scores, writin
 from sorax.text import TextEncoder
 
 ROWS = {"ground_truth": "ground truth", "vae": "VAE", "model": "model", "untrained": "untrained model"}
-COLUMNS = {"joint": "joint", "color": "colour", "shape": "shape", "count": "count", "direction": "direction"}
+COLUMNS = {"joint": "joint", "color": "colour", "shape": "shape", "count": "count", "direction": "direction",
+           "motion": "motion"}  # fmt: skip
 PICTURES = {"test": "samples.png", "heldout": "heldout.png", "ood": "ood.png"}
 SHOWN = 12  # clips on a contact sheet
 
@@ -178,7 +180,7 @@ def _generate(generator, requests, sampling, progress, note):
 
 def _judge(videos, truths):
     judgements = [judge(video, truth) for video, truth in zip(videos, truths)]
-    return [{name: None if right is None else bool(right) for name, right in j.items()} for j in judgements]
+    return [{name: None if j[name] is None else bool(j[name]) for name in COLUMNS} for j in judgements]
 
 
 def _device():

@@ -61,7 +61,7 @@ def test_report_holds_what_was_generated_and_judged(report):
     Image.open(out / "reconstructions.png").verify()
     text = (out / "scores.md").read_text()
     rows = [line for line in text.splitlines() if line.startswith("| ground truth |")]
-    assert len(rows) == 2 and all(row.count("100.0 % [51.0, 100.0]") == 5 for row in rows)
+    assert len(rows) == 2 and all(row.count("100.0 % [51.0, 100.0]") == 6 for row in rows)
     assert any("ground truth 100.0 %" in line for line in evaluate.summary_lines(scores))
 
 

@@ -8,7 +8,7 @@ import pytest
 from scipy import ndimage
 
 from data_pipelines.world import COLORS, DIRECTIONS, SHAPES, World, WorldConfig
-from sorax.metrics import direction_of, judge
+from sorax.judging import direction_of, judge
 from sorax.parser import lasting, parse_clip
 from sorax.shape_match import template_bank
 

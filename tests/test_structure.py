@@ -56,9 +56,14 @@ LOWER = {
     "config": ("errors",),
     "media": ("errors",),
     "runlog": ("errors", "media"),
-    "metrics": ("errors", "parser"),
-    "parser": ("errors", "shape_match"),
+    "metrics": ("errors",),
+    "parser": ("errors", "shape_match", "background", "tracks"),
+    "tracks": ("errors", "shape_match"),
+    "background": (),
     "shape_match": ("errors",),
+    "motion_kinds": (),
+    "judging": ("errors", "parser", "motion_kinds"),
+    "abnormal": ("errors", "parser", "background", "tracks"),
     "read_weights": ("errors", "sharding"),
 }
 # Libraries that they may import besides the standard one; a module that is not named may import any.
