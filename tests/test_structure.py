@@ -57,6 +57,8 @@ LOWER = {
     "media": ("errors",),
     "runlog": ("errors", "media"),
     "metrics": ("errors", "parser"),
+    "significance": ("metrics",),
+    "curves": (),
     "parser": ("errors", "shape_match"),
     "shape_match": ("errors",),
     "read_weights": ("errors", "sharding"),
