@@ -1,6 +1,5 @@
 """`sorax evaluate`: scores of a run, of a VAE or of anybody's videos; reports verified and compared."""
 
-import json
 import os
 
 from sorax import backend
@@ -112,8 +111,8 @@ def _verify(arguments):
 
 
 def _compare(arguments):
+    from sorax.comparison import text_table
     from sorax.report_compare import compare_reports
 
-    found = compare_reports(list(arguments.compare), arguments.out)
-    print(found["text"] if "text" in found else json.dumps(found, indent=1))
+    print(text_table(compare_reports(list(arguments.compare), arguments.out)))
     print(f"comparison: {os.path.join(arguments.out, 'compare.html')}")

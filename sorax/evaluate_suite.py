@@ -91,7 +91,7 @@ def cell_text(cell: dict | None) -> str:
     """A cell of a table: `64.1 % [51.8, 74.7]`, or `0.0123 [0.0110, 0.0136] units/s`."""
     if not cell or cell["value"] is None:
         return "none"
-    if cell["kind"] == "rate":
+    if cell["kind"] == "rate" or cell["unit"] == "share":
         return f"{100 * cell['value']:.1f} % [{100 * cell['lo']:.1f}, {100 * cell['hi']:.1f}]"
     digits = ".3g" if abs(cell["value"]) < 10 else ".1f"
     text = f"{number(cell['value'], digits)} [{number(cell['lo'], digits)}, {number(cell['hi'], digits)}]"

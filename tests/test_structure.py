@@ -56,10 +56,17 @@ LOWER = {
     "config": ("errors",),
     "media": ("errors",),
     "runlog": ("errors", "media"),
+<<<<<<< HEAD
     "metrics": ("errors",),
     "parser": ("errors", "shape_match", "background", "tracks"),
     "tracks": ("errors", "shape_match"),
     "background": (),
+=======
+    "metrics": ("errors", "parser"),
+    "significance": ("metrics",),
+    "curves": (),
+    "parser": ("errors", "shape_match"),
+>>>>>>> wt-e
     "shape_match": ("errors",),
     "motion_kinds": (),
     "judging": ("errors", "parser", "motion_kinds"),
