@@ -56,17 +56,13 @@ LOWER = {
     "config": ("errors",),
     "media": ("errors",),
     "runlog": ("errors", "media"),
-<<<<<<< HEAD
     "metrics": ("errors",),
+    "significance": ("metrics",),
+    "statistics": ("metrics",),
+    "curves": (),
     "parser": ("errors", "shape_match", "background", "tracks"),
     "tracks": ("errors", "shape_match"),
     "background": (),
-=======
-    "metrics": ("errors", "parser"),
-    "significance": ("metrics",),
-    "curves": (),
-    "parser": ("errors", "shape_match"),
->>>>>>> wt-e
     "shape_match": ("errors",),
     "motion_kinds": (),
     "judging": ("errors", "parser", "motion_kinds"),
