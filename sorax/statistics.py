@@ -1,8 +1,8 @@
 """Numbers with their uncertainty: rates, means, and how many of several samples are good.
 
 A cell is a dict that a report shows: `kind` ("rate" or "mean"), `value`, `n`, and the 95 % interval `lo`, `hi`; of a
-rate also `k`; of a mean its `unit` ("share": of 0 to 1, shown as percent). Where nothing was seen `value`, `lo` and `hi`
-of a mean are None, and a rate is None in [0, 1].
+rate also `k`; of a mean its `unit` ("share": of 0 to 1, shown as percent). Where nothing was seen `value`, `lo` and
+`hi` of a mean are None, and a rate is None in [0, 1].
 """
 
 import math

@@ -76,11 +76,7 @@ def test_cases_stand_from_worst_to_best_and_how_many_are_shown_is_said(report):
 
 def test_the_choice_has_every_case_of_few_and_none_twice():
     for count in (1, 23, 24, 25, 30, 1000):
-<<<<<<< HEAD
-        ranks = [rank for some in choose(count) for rank in some]
-=======
         ranks = [rank for group in choose(count) for rank in group]
->>>>>>> wt-e
         assert ranks == sorted(set(ranks)) and len(ranks) == min(count, 24)
         assert ranks[0] == 0 and ranks[-1] == count - 1
 
