@@ -174,14 +174,16 @@ def _fall(seen, sense, partner):
     if len(at) < 2:
         return {}
     x, y = seen.positions[at].T
-    low = int(y.argmax())
-    drop = y[low] - y[0]
+    down = y - y[0]
+    landed = np.flatnonzero((down[:-1] > 0.03) & (np.diff(y) < -0.003))  # the first time, as it may come lower later
+    low = int(landed[0]) if len(landed) else int(y.argmax())
+    drop = down[low]
     found = {"goes down": drop / 0.03, "not aside": (0.03 + 0.2 * drop) / max(np.ptp(x), 1e-6)}
     if low >= 3:  # from rest half of the time brings a quarter of the way; the landing may be between two frames
         half = np.interp((at[0] + at[low]) / 2, at, y) - y[0]
         found["ever faster"] = 0.45 / max(half / max(drop, 1e-6), 1e-6)
     if low < len(at) - 1:
-        found["comes up again"] = (y[low] - y[low:].min()) / 0.012
+        found["comes up again"] = (y[low] - y[low:].min()) / 0.01
     return found
 
 
