@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from data_pipelines.phyworld import PhyWorldConfig
 from data_pipelines.text_tokens import BPE, MIN_VOCAB, Tokenizer
 from sorax import config as config_lib
 from sorax import objectives
@@ -186,7 +187,9 @@ def test_no_file_is_too_long_to_read():
 
 
 def world_shapes(config):
-    """(frames, height, width) of what is drawn from the world; nothing for a folder, whose videos nobody knows yet."""
+    """(frames, height, width) of what is drawn; nothing for a folder, whose videos nobody knows yet."""
+    if "phyworld" in config.data:
+        return PhyWorldConfig(**config.data.phyworld).shapes
     return config.data.world.shapes if "world" in config.data else ()
 
 
