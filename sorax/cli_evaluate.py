@@ -32,6 +32,8 @@ def add_verb(verbs, several):
     world = verb.add_argument_group("--suite world")
     world.add_argument("--prompts", type=int, default=200, help="of the reliability part (default: %(default)s)")
     world.add_argument("--samples", type=int, default=16, help="of each of these prompts (default: %(default)s)")
+    world.add_argument("--parts", nargs="+", default=(), metavar="NAME", help="these alone, such as reliability or "
+                       "prompts/test (default: all)")  # fmt: skip
     world.add_argument("--verify", default="", metavar="REPORT", help="make a random part of this report again, with "
                        "--run, and compare every pixel and number")  # fmt: skip
     world.add_argument("--units", type=int, default=3, help="files of samples that --verify makes again")
@@ -90,7 +92,7 @@ def _world(arguments, overrides):
         raise UserError("--lpips is for a VAE: name its folder with --run, without --suite")
     run = with_data(load_run(arguments.workdir, arguments.weights), arguments.data, overrides)
     counts = Counts(arguments.clips or 64, arguments.prompts, arguments.samples)
-    scores = evaluate_world(run, arguments.out, counts=counts, **_sampling(arguments))
+    scores = evaluate_world(run, arguments.out, counts=counts, only=arguments.parts, **_sampling(arguments))
     if scores is not None:
         print("\n".join(summary_lines(scores)))
         print(f"report: {os.path.join(arguments.out, 'index.html')}")
