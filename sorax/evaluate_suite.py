@@ -18,13 +18,14 @@ VERSION = 1  # of the world suite: what is asked, and how it is judged; numbers 
 ROWS = {"ground_truth": "ground truth", "vae": "VAE", "model": "model", "untrained": "untrained model"}
 
 
-def evaluate_world(run: Run, out: str, *, counts: Counts | None = None, only=(), **sampling) -> dict:
+def evaluate_world(run: Run, out: str, *, counts: Counts | None = None, only=(), **sampling) -> dict | None:
     """Scores a run by the world suite and writes the report folder `out`, or goes on with it.
 
     Several processes share the work; each has the networks on its own devices, and their rows are split over those.
 
     Args:
-        counts: how much is asked. only: parts, by how their names begin; all by default. sampling: num_steps, guidance_scale, shift, solver; None: as the run's config says.
+        counts: how much is asked. only: parts, by how their names begin; all by default. sampling: num_steps,
+            guidance_scale, shift, solver; None: as the run's config says.
 
     Returns:
         what scores.json holds; None in processes that are not the first.
