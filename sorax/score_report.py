@@ -5,10 +5,15 @@ import hashlib
 import json
 import math
 import os
+import pathlib
+
+import jax
+import numpy as np
 
 from sorax import config as config_lib
 from sorax.errors import UserError
 from sorax.export import code_version
+from sorax.sharding import path_string
 
 
 def header(path: str, kind: str, step: int | None, settings: dict) -> dict:
@@ -16,6 +21,24 @@ def header(path: str, kind: str, step: int | None, settings: dict) -> dict:
     identity = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     name = os.path.basename(os.path.abspath(path))
     return dict(run=name, kind=kind, step=step, config=identity, code_version=code_version(), splits={})
+
+
+def code_hash() -> str:
+    """Hash of the source of sorax and data_pipelines as it is on the disk (16 hexadecimal digits)."""
+    digest, root = hashlib.sha256(), pathlib.Path(__file__).parents[1]
+    for path in sorted(path for package in ("sorax", "data_pipelines") for path in (root / package).rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def params_hash(params) -> str:
+    """Hash of the names, shapes, types and values of a tree of arrays, stored or not (16 hexadecimal digits)."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        digest.update(f"{path_string(path)} {tuple(leaf.shape)} {np.dtype(leaf.dtype)}".encode())
+        for part in leaf if len(leaf.shape) > 2 else [leaf]:  # stacked layers one by one: memory for one
+            digest.update(np.ascontiguousarray(part).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def make_folder(out: str):
