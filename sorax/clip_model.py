@@ -281,5 +281,6 @@ def _tokenizer(folder, config: TextTowerConfig):
     end = tokenizer.get_vocab_size() - 1 if config.eos_id == OLD_EOS else config.eos_id
     if tokenizer.get_vocab_size() > config.vocab_size or len(ids) != 2 or ids[-1] != end:
         raise UserError(f"{path} is not this CLIP's tokenizer: its {tokenizer.get_vocab_size()} tokens and the "
-                        f"marks {ids} of an empty text do not fit {config.vocab_size} embeddings and end {end}")  # fmt: skip
+                        f"marks {ids} of an empty text do not fit {config.vocab_size} embeddings and the end "
+                        f"{end}")  # fmt: skip
     return tokenizer

@@ -53,7 +53,7 @@ def pass_at(good: int, n: int, k: int) -> float:
 
 
 def reliability(good: np.ndarray, at=(1, 4, 16)) -> dict[str, dict]:
-    """Cells of how reliable samples are: "usable", their share; "pass@k"; "worst", the share of prompts of which all are.
+    """Cells of how reliable samples are: "usable", their share; "pass@k"; "worst of n", prompts of which all are.
 
     Args:
         good: bool `[prompts, samples]`.

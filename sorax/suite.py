@@ -1,9 +1,9 @@
 """Suites of scores: parts made of units, each of which is made once, kept, and can be made again to the bit.
 
 A part asks for something (prompts followed, a hidden object that comes back, ...). Its cases are videos to make and to
-judge; its rows are who makes them: the model, and beside it the ceilings and the floor. A unit is some cases of one row
-of one part. It is a file of its videos and judgements, so that an interrupted evaluation goes on where it stood, several
-processes share the work, and `verify` can make any unit again. A report folder holds
+judge; its rows are who makes them: the model, and beside it the ceilings and the floor. A unit is some cases of one
+row of one part. It is a file of its videos and judgements, so that an interrupted evaluation goes on where it stood,
+several processes share the work, and `verify` can make any unit again. A report folder holds
 
     suite.json       what is evaluated: hashes of code, config, checkpoint and data, and how
     samples/*.npz    the units: videos uint8 [n, T, H, W, 3], fps, judgements (JSON), identity
@@ -191,7 +191,8 @@ def collect(parts, out: str, identity: str) -> dict:
         for unit in units_of([part]):
             judgements = read_unit(out, unit, identity)
             if judgements is None:
-                raise UserError(f"{os.path.join(out, unit.file)} is missing: evaluate again, which makes what is missing")
+                raise UserError(f"{os.path.join(out, unit.file)} is missing: evaluate again, which makes what is not "
+                                "there")  # fmt: skip
             rows.setdefault(unit.row, []).extend(judgements)
         found[part.name] = dict(
             title=part.title, about=part.about, data=part.data, metrics=dict(part.metrics),

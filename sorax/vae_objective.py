@@ -262,7 +262,9 @@ def _make_loss(networks, weights, lpips, dtype, remat):
             names = ("adversarial", "discriminator", "real", "fake", "adversarial_weight")
             return zero, jnp.zeros_like(here), dict.fromkeys(names, zero)
 
-        opponent, push, scores = jax.lax.cond(step >= weights.adversarial_start, play, wait, params["discriminator"])
+        opponent, push, scores = jax.lax.cond(
+            step >= weights.adversarial_start, play, wait, params["discriminator"]
+        )
         gradient = jax.lax.stop_gradient(pull + push)
         # Both are worth nothing, and have the gradients of the two networks.
         force = jnp.sum(gradient * (copy - here)) + opponent - jax.lax.stop_gradient(opponent)

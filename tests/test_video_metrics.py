@@ -31,7 +31,7 @@ def to_video(frames):
     return np.stack(frames).clip(0, 255).round().astype(np.uint8)
 
 
-def moving(dy, dx, frames=5):
+def moving(dy, dx, frames=3):
     picture = texture(120, 140)
     return to_video(
         [shift(picture, (t * dy, t * dx, 0), order=3, mode="grid-wrap")[20:84, 20:100] for t in range(frames)]
@@ -99,7 +99,8 @@ def test_white_noise_has_its_variance_at_every_frequency(shape):
     noise = np.random.default_rng(0).normal(128, 25, shape).clip(0, 255).round().astype(np.uint8)
     video = np.broadcast_to(noise[..., None], (*shape, 3))
     wanted = 10 * np.log10(25**2 + ROUNDING)
-    np.testing.assert_allclose(spatial_spectrum(video), wanted, atol=0.5)
+    # A bin is a mean of at least 100 periodograms, each with a deviation of itself: 0.4 dB, and three of that.
+    np.testing.assert_allclose(spatial_spectrum(video), wanted, atol=1.3)
     # The lowest of few frames has less, for the mean is taken away.
     np.testing.assert_allclose(temporal_spectrum(video)[1:], wanted, atol=0.5)
 
