@@ -209,7 +209,7 @@ class CLIPScore:
         config = read_config(folder / "config.json")
         check_depth(folder, config.text.num_layers + config.vision.num_layers, files)
         params = load(open_params(folder, files, names(config), abstract(CLIP, config)[1]))
-        return cls(config, params, _tokenizer(folder, config.text), *vit.statistics(folder, MEAN, STD))
+        return cls(config, params, _tokenizer(folder, config.text), *vit.normalization(folder, MEAN, STD))
 
     @functools.cached_property
     def identity(self) -> str:

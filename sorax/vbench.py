@@ -1,8 +1,8 @@
 """Samples in the layout that VBench's own tool reads (Huang et al. 2024, arXiv 2311.17982).
 
 Its prompt suites are text files of a prompt a line, and it finds the samples of a prompt by their names: five files
-`PROMPT-0.mp4` .. `PROMPT-4.mp4` in one folder that holds nothing else (it takes the ending of the first file for that of
-all); of its suite for temporal flickering 25, from which its filter of still videos takes some. Then
+`PROMPT-0.mp4` .. `PROMPT-4.mp4` in one folder that holds nothing else (it takes the ending of the first file for that
+of all); of its suite for temporal flickering 25, from which its filter of still videos takes some. Then
 
     vbench evaluate --videos_path OUT/samples --dimension DIMENSION --full_json_dir VBench_full_info.json
 
@@ -136,7 +136,7 @@ def write_layout(
     if processes.is_first():
         with writing(out):
             seeds = {name: dict(seed=number, prompt=prompt.text) for name, (prompt, number) in files.items()}
-            write_atomic(os.path.join(out, "seeds.json"), json.dumps(seeds, indent=1, ensure_ascii=False) + "\n")
+            write_atomic(os.path.join(out, "seeds.json"), json.dumps(seeds, indent=1) + "\n")
     there = set(os.listdir(folder))
     missing = [(name, *made) for name, made in files.items() if name not in there][
         jax.process_index() :: jax.process_count()]  # fmt: skip

@@ -18,7 +18,7 @@ PLAIN = {
     "difference": "frame difference (levels)", "warping_error": "warping error (1e-3)", "untracked": "not followed",
 }  # fmt: skip
 PAIRED = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS", "flicker_error": "flicker error (levels)"}
-DISTANCES = {"fvd": "FVD", "mmd": "kernel distance (x 100)"}
+DISTANCES = {"fvd": "FVD (VideoMAE)", "mmd": "kernel distance (x 100)"}
 CLIP = {"clip": "CLIP score", "clip_consistency": "frame consistency"}
 BETTER = {"motion": "", "difference": "", "psnr": "high", "ssim": "high", "clip": "high", "clip_consistency": "high"}
 UNITS = {

@@ -132,55 +132,76 @@ def prepare(
         if os.path.exists(arguments[name]):
             arguments[name] = os.path.abspath(arguments[name])
     _check(run, videos, reconstruct, paired, lpips)
+    metric = LPIPS.load(lpips) if lpips else None
     measures = Measures(features=videomae.VideoFeatures.load(features) if features else None,
                         clip=CLIPScore.load(clip) if clip else None,
-                        lpips=frame_distance(LPIPS.load(lpips)) if lpips else None)  # fmt: skip
+                        lpips=frame_distance(metric) if metric else None)  # fmt: skip
 
-    def open_side(path, what, multiple, stride, own=None):
-        return open_videos(path, overrides=overrides, what=what, spatial_multiple=multiple, temporal_stride=stride,
-                           own=own, cache=index and os.path.join(index, what.strip("-")))  # fmt: skip
+    def open_side(path, what, **settings):
+        cache = index and os.path.join(index, what.strip("-"))
+        return open_videos(path, overrides=overrides, what=what, cache=cache, **settings)
 
-    rows, sampling, needed = {}, {}, "CLIP" if clip else ""
     if videos:
-        ours, theirs = open_side(videos, "--videos", 1, 1), open_side(reference, "--reference", 1, 1)
-        ours, theirs = pair(ours, theirs) if paired else (ours, theirs)
-        ours, theirs = ours.spread(num_clips), theirs.spread(num_clips)
-        ours.captions(needed)
-        rows["videos"] = _row("videos", f"videos of {os.path.basename(os.path.abspath(videos))}", ours,
-                              originals=theirs.video if paired else None)  # fmt: skip
-        described = header(videos, "videos", None, {}) | dict(checkpoint=ours.identity)
-        data = dict(reference=theirs.identity, videos=ours.identity)
+        found = _videos(open_side, reference, videos, paired, num_clips, "CLIP" if clip else "")
     elif reconstruct:
-        config, params, identity = open_vae(run)
-        theirs = open_side(reference, "--reference", config.spatial_stride, config.temporal_stride)
-        theirs = theirs.spread(num_clips)
-        rows["vae"] = _copies(theirs, Codec(config, params))
-        described = header(run, "vae", None, dataclasses.asdict(config)) | dict(checkpoint=identity)
-        data = dict(reference=theirs.identity)
+        found = _reconstructions(open_side, reference, run, num_clips)
     else:
-        model = load_run(run, weights)
-        networks, generator = model.networks, model.generator()
-        vae, patch = networks.vae_config, networks.dit_config.patch_size
-        theirs = open_side(reference, "--reference", vae.spatial_stride * patch[1], vae.temporal_stride,
-                           model.config.data).spread(num_clips)  # fmt: skip
-        prompts = theirs.captions("a text-to-video run")
         given = dict(num_steps=num_steps, guidance_scale=guidance_scale)
-        sampling = model.sampling() | {name: value for name, value in given.items() if value is not None}
-        rows["vae"] = _copies(theirs, generator.codec)
-        rows["model"] = _samples(theirs, prompts, generator, sampling, seed)
-        described = header(run, "dit", model.step, model.config.to_dict())
-        described["checkpoint"] = params_hash(dict(dit=networks.dit, text=networks.text, vae=networks.vae))
-        data = dict(reference=theirs.identity)
+        found = _model(open_side, reference, load_run(run, weights), num_clips, given, seed)
     if clip and not videos:
-        theirs.captions(needed)
-    rows = {"reference": _row("reference", "reference", theirs)} | rows
-    skipped = _skipped(rows, measures, features, clip, fvd)
-    described.pop("splits")
+        found.reference.captions("CLIP")
+    rows = {"reference": _row("reference", "reference", found.reference)} | found.rows
+    skipped = _skipped(rows, measures, fvd)
     networks = {name: net.identity for name, net in (("features", measures.features), ("clip", measures.clip)) if net}
-    networks |= dict(lpips=params_hash(LPIPS.load(lpips).params)) if lpips else {}
-    described = dict(suite="video", version=VERSION, **described, code=code_hash(), sampling=sampling, seed=seed,
-                     data=data, networks=networks, arguments=arguments)  # fmt: skip
+    networks |= dict(lpips=params_hash(metric.params)) if metric else {}
+    del found.header["splits"]
+    described = dict(suite="video", version=VERSION, **found.header, code=code_hash(), sampling=found.sampling,
+                     seed=seed, data=found.data | dict(reference=found.reference.identity), networks=networks,
+                     arguments=arguments)  # fmt: skip
     return Evaluation(rows, list(rows)[-1], measures, json.loads(json.dumps(described)), skipped)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """What is scored: the reference, the rows beside it, and how it is described."""
+
+    reference: Videos
+    rows: dict[str, Row]
+    header: dict
+    sampling: dict = dataclasses.field(default_factory=dict)
+    data: dict = dataclasses.field(default_factory=dict)
+
+
+def _videos(open_side, reference, videos, paired, num_clips, needed) -> _Found:
+    ours, theirs = open_side(videos, "--videos"), open_side(reference, "--reference")
+    ours, theirs = pair(ours, theirs) if paired else (ours, theirs)
+    ours, theirs = ours.spread(num_clips), theirs.spread(num_clips)
+    ours.captions(needed)
+    title = f"videos of {os.path.basename(os.path.abspath(videos))}"
+    row = _row("videos", title, ours, originals=theirs.video if paired else None)
+    described = header(videos, "videos", None, {}) | dict(checkpoint=ours.identity)
+    return _Found(theirs, dict(videos=row), described, data=dict(videos=ours.identity))
+
+
+def _reconstructions(open_side, reference, run, num_clips) -> _Found:
+    config, params, identity = open_vae(run)
+    grid = dict(spatial_multiple=config.spatial_stride, temporal_stride=config.temporal_stride)
+    theirs = open_side(reference, "--reference", **grid).spread(num_clips)
+    described = header(run, "vae", None, dataclasses.asdict(config)) | dict(checkpoint=identity)
+    return _Found(theirs, dict(vae=_copies(theirs, Codec(config, params))), described)
+
+
+def _model(open_side, reference, run, num_clips, given, seed) -> _Found:
+    networks, generator = run.networks, run.generator()
+    vae, patch = networks.vae_config, networks.dit_config.patch_size
+    grid = dict(spatial_multiple=vae.spatial_stride * patch[1], temporal_stride=vae.temporal_stride)
+    theirs = open_side(reference, "--reference", own=run.config.data, **grid).spread(num_clips)
+    prompts = theirs.captions("a text-to-video run")
+    sampling = run.sampling() | {name: value for name, value in given.items() if value is not None}
+    rows = dict(vae=_copies(theirs, generator.codec), model=_samples(theirs, prompts, generator, sampling, seed))
+    checkpoint = params_hash(dict(dit=networks.dit, text=networks.text, vae=networks.vae))
+    described = header(run.workdir, "dit", run.step, run.config.to_dict()) | dict(checkpoint=checkpoint)
+    return _Found(theirs, rows, described, sampling)
 
 
 def _check(run, videos, reconstruct, paired, lpips):
@@ -197,7 +218,7 @@ def _check(run, videos, reconstruct, paired, lpips):
                         "copies of the reference, or name a text-to-video run")  # fmt: skip
 
 
-def _skipped(rows, measures, features, clip, fvd):
+def _skipped(rows, measures, fvd):
     """Part -> why it is left out. Raises UserError where there are too few videos for what is asked."""
     skipped = {}
     if measures.features is None:

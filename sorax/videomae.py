@@ -174,7 +174,7 @@ class VideoFeatures:
         old = f"{prefix}encoder.layer.0.attention.attention.q_bias" in files  # up to transformers 4
         table = names(config, prefix, ("q_bias", "v_bias") if old else ("query.bias", "value.bias"))
         params = load(open_params(folder, files, table, abstract(VideoMAE, config)[1]))
-        return cls(config, params, *vit.statistics(folder, MEAN, STD))
+        return cls(config, params, *vit.normalization(folder, MEAN, STD))
 
     @property
     def dim(self) -> int:

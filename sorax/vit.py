@@ -121,7 +121,7 @@ def folder_of(path, what: str, remedy: str) -> pathlib.Path:
     return folder
 
 
-def statistics(folder: pathlib.Path, mean, std) -> tuple[np.ndarray, np.ndarray]:
+def normalization(folder: pathlib.Path, mean, std) -> tuple[np.ndarray, np.ndarray]:
     """Mean and deviation, float32 [3], that pictures in [0, 1] are normalised with: the folder's, or those given."""
     path = folder / PREPROCESSOR_FILE
     there = read_json(path) if path.is_file() else {}
