@@ -6,7 +6,7 @@ distribution in the features of a VideoMAE (FVD and a kernel distance, `sorax.di
 weights of these networks are the user's, in local folders; without them the report says what to put where.
 
 A report folder holds `suite.json` (what is evaluated, with hashes), `samples/*.npz` (`sorax.video_units`),
-`scores.json` and `scores.md`. What was stopped goes on; several processes share the work.
+`scores.json`, `scores.md` and `index.html`. What was stopped goes on; several processes share the work.
 """
 
 import dataclasses
@@ -25,6 +25,7 @@ from sorax.errors import UserError
 from sorax.evaluate_vae import frame_distance
 from sorax.generate import Request, legal_shape
 from sorax.lpips import LPIPS
+from sorax.report_html import write_report
 from sorax.runs import kind_of, load_run, open_vae
 from sorax.score_report import code_hash, header, params_hash, write_scores, writing
 from sorax.video_inputs import Videos, open_videos, pair
@@ -68,6 +69,7 @@ def evaluate_videos(out: str, reference: str, **arguments) -> dict | None:
         return None
     scores = _scores(out, found, identity)
     with writing(out):
+        write_report(out, scores)
         write_scores(out, scores, video_parts.markdown(scores))
     return scores
 
