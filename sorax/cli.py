@@ -123,8 +123,10 @@ def _parse(argv):
                           "%(default)s); in RUN/report, the model card of an export quotes them")  # fmt: skip
     evaluate.add_argument("--clips", type=int, default=None, help="clips of each split (default: the config's)")
 
-    evaluate.add_argument("--data", default="", help="of a VAE: folder of videos, or world (default: the run's data)")
-    evaluate.add_argument("--data.KEY=VALUE", dest="_", help="override a key of it, such as --data.max_tokens=4096")
+    evaluate.add_argument("--data", default="", help="of a VAE or imported weights: folder of videos, or world "
+                          "(default: the run's data)")  # fmt: skip
+    evaluate.add_argument("--data.KEY=VALUE", dest="_", help="override a key of it, such as --data.max_tokens=4096 "
+                          "or --data.world.shapes='((17,256,448),)'")  # fmt: skip
     evaluate.add_argument("--lpips", default="", metavar="FILE", help="of a VAE: LPIPS weights, see sorax/lpips.py")
     evaluate.set_defaults(takes_overrides=True, prefix="--data.")
 
