@@ -14,9 +14,11 @@ Letters: t, h, w, C = frames, height, width and channels of latents; L = tokens 
 embeddings; n samples, K shards.
 """
 
+import functools
 import hashlib
 
 import numpy as np
+from google.protobuf import descriptor_pb2, descriptor_pool, json_format, message_factory
 
 NAME = "latents"
 VERSION = "1.0.0"
@@ -28,6 +30,14 @@ EMPTY_CAPTION = "empty_caption.npy"  # bits of bfloat16, uint16 [D]
 COLUMNS = (
     ("t", "int32"), ("h", "int32"), ("w", "int32"), ("text_length", "int32"), ("num_frames", "int32"),
     ("height", "int32"), ("width", "int32"), ("fps", "float32"), ("weight", "float64"), ("checksum", "uint64"),
+)  # fmt: skip
+
+
+# tensorflow.Example, which TFDS writes, as far as it is read; a map is a list of entries.
+_MESSAGES = dict(
+    Bytes=dict(value="BYTES *"), Floats=dict(value="FLOAT *"), Ints=dict(value="INT64 *"),
+    Feature=dict(bytes_list="Bytes", float_list="Floats", int64_list="Ints"),
+    Entry=dict(key="STRING", value="Feature"), Features=dict(feature="Entry *"), Example=dict(features="Features"),
 )  # fmt: skip
 
 
@@ -97,9 +107,7 @@ def parse_record(record):
 
     Straight from the protocol buffer: TFDS's own reader takes several times as long, for generality.
     """
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    feature = tf_example_pb2.Example.FromString(record).features.feature
+    feature = {entry.key: entry.value for entry in _example().FromString(record).features.feature}
 
     def text(name):
         return feature[name].bytes_list.value[0].decode()
@@ -129,6 +137,24 @@ def parse_record(record):
         fps=float(feature["fps"].float_list.value[0]),
         sha256=text("sha256"),
     )
+
+
+@functools.cache
+def _example():
+    """The class of `_MESSAGES`' Example. That of TFDS comes with all of TFDS, whose lazy imports wait for each other
+    where two threads of a loader are the first to need it."""
+
+    def field(number, name, kind):
+        kind, _, many = kind.partition(" ")
+        found = dict(typeName=f".sorax.{kind}") if kind in _MESSAGES else dict(type=f"TYPE_{kind}")
+        return dict(name=name, number=number, label=f"LABEL_{'REPEATED' if many else 'OPTIONAL'}", **found)
+
+    types = [dict(name=name, field=[field(i, *what) for i, what in enumerate(fields.items(), 1)])
+             for name, fields in _MESSAGES.items()]  # fmt: skip
+    file = dict(name="example.proto", package="sorax", syntax="proto3", messageType=types)
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(json_format.ParseDict(file, descriptor_pb2.FileDescriptorProto()))
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("sorax.Example"))
 
 
 def columns_of(sample, record, weight=1.0):

@@ -28,7 +28,8 @@ def add_verb(verbs, several):
     verb.add_argument("--solver", default=None, help="euler, unipc or dpm++ (default: the config's)")
     verb.add_argument("--data", default="", help="of a VAE or imported weights: folder of videos, or world (default: "
                       "the run's data)")  # fmt: skip
-    verb.add_argument("--data.KEY=VALUE", dest="_", help="override a key of it, such as --data.max_tokens=4096")
+    verb.add_argument("--data.KEY=VALUE", dest="_", help="override a key of it, such as --data.max_tokens=4096 or "
+                      "--data.world.shapes='((17,256,448),)'")  # fmt: skip
     verb.add_argument("--lpips", default="", metavar="FILE", help="of copies: LPIPS weights, see sorax/lpips.py")
     verb.add_argument("--seed", type=int, default=0, help="of samples, with --suite video and vbench")
     world = verb.add_argument_group("--suite world")

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import types
 
@@ -17,13 +18,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from conftest import tiny_config
+from tensorboardX import event_file_writer
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from sorax import cli, objectives, processes, sharding
 from sorax import config as config_lib
 from sorax.checkpoint import ITEMS
 from sorax.errors import UserError
 from sorax.optim import OptimConfig, make_tx
-from sorax.runlog import Trace
+from sorax.runlog import RunLog, Trace
 from sorax.runs import load_vae
 from sorax.train import TrainConfig, TrainState, _rates, make_step, train
 
@@ -248,6 +251,29 @@ def test_a_profile_is_a_trace_in_the_run_folder(tmp_path, monkeypatch):
         log.at(0, state)
         raise KeyboardInterrupt
     assert len(seen) == 4  # a trace that is begun is ended
+
+
+def test_tensorboard_is_told_every_value_at_once(tmp_path):
+    """Without a thread, in which an interrupt could leave a lock that the process then waits for for ever."""
+    before, times = set(threading.enumerate()), iter(range(100, 200))
+    for start, steps in ((0, (1, 2)), (1, (2, 3))):  # the second step was lost and is done again
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(event_file_writer.time, "time", lambda: next(times))  # files are named by the second
+            log = RunLog(str(tmp_path), start)
+        for step in steps:
+            log.write(step, dict(loss=step / 2, lr=0.5))
+    log.video(3, "sample/0", np.zeros((2, 8, 8, 3), np.uint8), 6.0)
+    assert set(threading.enumerate()) == before
+    found = []
+    for path in sorted((tmp_path / "tensorboard").iterdir()):
+        data, events = path.read_bytes(), []
+        while data:  # length, its CRC, event, its CRC
+            size = 12 + int.from_bytes(data[:8], "little")
+            events.append(Event.FromString(data[12:size]))
+            data = data[size + 4 :]
+        assert events[0].file_version == "brain.Event:2" and events[1].session_log.status == SessionLog.START
+        found.append([events[1].step, *((e.step, *(v.simple_value for v in e.summary.value)) for e in events[2:])])
+    assert found == [[1, (1, 0.5, 0.5), (2, 1.0, 0.5)], [2, (2, 1.0, 0.5), (3, 1.5, 0.5), (3, 0.0)]]
 
 
 PROFILED = """
