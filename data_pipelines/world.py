@@ -138,7 +138,7 @@ class Truth:
     Lengths are fractions of the frame's shorter side; x right, y down, pixel (row r, column c) covers c..c+1, r..r+1.
     radius is that of the circle of equal area; visible is the share of an object's area that is in the frame and not
     covered by an object in front or by the bar. contacts: (seconds, wall | floor | object, i, j), j = -1 if no object.
-    unit: the length of a world unit.
+    unit: the length of a world unit. bar: (axis, low, high) of the grey bar, axis 0 = x; None if there is none.
     """
 
     objects: tuple[ObjectTruth, ...]
@@ -149,6 +149,7 @@ class Truth:
     visible: np.ndarray  # [K, T]
     contacts: list[tuple[float, str, int, int]]
     unit: float
+    bar: tuple[int, float, float] | None = None
 
     @property
     def num_objects(self) -> int:
@@ -253,4 +254,10 @@ class World:
             visible=visible_fractions(scene, position, radius, frame),
             contacts=scene.contacts(times[-1]),
             unit=unit,
+            bar=_bar_in_frame(scene, unit, np.array([left, top]) / min(height, width)),
         )
+
+
+def _bar_in_frame(scene: Scene, unit: float, corner: np.ndarray):
+    bar = scene.bar
+    return bar and (bar.axis, *(float(edge * unit + corner[bar.axis]) for edge in (bar.low, bar.high)))

@@ -56,7 +56,8 @@ def abnormal_events(video, tracks=None):
         events += _jumps(track, free, scene) + _changes(track, free, scene)
         if (gone := _missing(track, free, scene)) is not None:
             ends.append((gone, track))
-        if (come := _missing(_reversed(track), free[::-1], _backwards(scene))) is not None:
+        back = _reversed(track)
+        if (come := _missing(back, free[::-1], _backwards(scene, track, back))) is not None:
             starts.append((len(video) - 1 - come, track))
         events += _blinks(track, free, scene)
     return sorted(events + _pair(ends, starts, tracks, scene), key=lambda event: (event.frame, event.kind))
@@ -75,8 +76,9 @@ def _reversed(track):
     return type(track)(**fields)
 
 
-def _backwards(scene):
-    return Scene(scene.frame, scene.bar, [_reversed(track) for track in scene.tracks], scene.shapes)
+def _backwards(scene, track, back):
+    others = [back if other is track else _reversed(other) for other in scene.tracks]
+    return Scene(scene.frame, scene.bar, others, scene.shapes)
 
 
 # gone, or come from nowhere --------------------------------------------------------------------------------------
@@ -113,8 +115,8 @@ def _course(track, free):
     return ahead
 
 
-def _hides(scene, track, radius, frame, place, doubt):
-    """Whether an object at about `place` may be out of sight in a frame: outside, or behind the bar or another."""
+def _hides(scene, track, radius, last, frame, place, doubt):
+    """Whether an object last seen in frame `last` may be out of sight at about `place`."""
     if min((place + radius).min(), (scene.frame - place + radius).min()) <= 1.3 * radius + doubt:
         return True
     if scene.bar is not None:
@@ -122,7 +124,8 @@ def _hides(scene, track, radius, frame, place, doubt):
         if scene.bar.low - margin <= along <= scene.bar.high + margin:
             return True
     for other in scene.tracks:
-        if other.color == track.color and np.array_equal(other.rgb, track.rgb):
+        # what has come just as this one went may be the same thing changed
+        if other is track or not other.seen[: last + 1].any():
             continue
         cover = 1.3 * _typical_radius(other, other.whole)
         if np.linalg.norm(_filled(other)[frame] - place) <= cover + doubt:
@@ -141,7 +144,7 @@ def _missing(track, free, scene, patience=1):
     radius, course = _typical_radius(track, free), _course(track, free)
     hidden_before = track.cut[last]
     for frame in range(last + 1, count):
-        if _hides(scene, track, radius, frame, *course(frame)):
+        if _hides(scene, track, radius, last, frame, *course(frame)):
             hidden_before = True
             late = 0
             continue
@@ -162,7 +165,7 @@ def _blinks(track, free, scene):
             continue
         step = np.linalg.norm(filled[first] - filled[last])
         middle = (last + first) // 2
-        if not _hides(scene, track, radius, middle, filled[middle], 0.02 + 0.5 * step):
+        if not _hides(scene, track, radius, last, middle, filled[middle], 0.02 + 0.5 * step):
             return [Event("vanish", int(last + 1), *map(float, filled[last + 1]))]
     return []
 
@@ -174,7 +177,7 @@ def _pair(ends, starts, tracks, scene):
         at = int(np.flatnonzero(track.seen)[-1])
         place = track.positions[at]
         best = None
-        for k, (begin, other) in enumerate(starts):
+        for k, (_, other) in enumerate(starts):
             first = int(np.flatnonzero(other.seen)[0])
             apart = float(np.linalg.norm(other.positions[first] - place))
             if k not in taken and abs(first - frame) <= 1 and (best is None or apart < best[0]):
@@ -271,7 +274,10 @@ def _other_size(track, at, moving=0.12, jump=0.1, back=0.12):
     spread = np.linalg.norm(track.positions[at] - np.median(track.positions[at], axis=0), axis=-1).max()
     off = np.abs(sizes - np.median(sizes))
     if spread > 0.03 + 0.2 * np.exp(np.median(sizes)):
-        return at[np.argmax(off > moving)] if (off > moving).any() else None
+        if not (off > moving).any():
+            return None
+        jumps = np.abs(np.diff(sizes))
+        return at[jumps.argmax() + 1] if jumps.max() > jump else at[np.argmax(np.abs(sizes - sizes[0]) > moving)]
     steps = np.diff(sizes) / np.diff(at)
     for i, step in enumerate(steps):
         around = [steps[k] for k in (i - 1, i + 1) if 0 <= k < len(steps)]
@@ -379,18 +385,25 @@ def _successor(i, tracks, frees, scene, end):
 # against the truth -----------------------------------------------------------------------------------------------
 
 
-def speed_drift(track, positions, frame=(1.0, 1.0), least=0.05):
-    """By what part an object is faster (+) or slower (-) than it should be: 0.05 is 5 %; None if that cannot be told.
+def speed_drift(track, positions, frame=(1.0, 1.0), least=0.05, most=0.25):
+    """By what part an object runs faster (+) or slower (-) than it should: 0.05 is 5 %; None if that cannot be told.
 
     track: of a clip that began as the truth did; positions [T, 2]: the true ones, in fractions of the frame's shorter
-    side; frame: (width, height) in the same. An object that runs a little fast is off by drift * time * velocity: the
-    drift is what explains its distance from the true path best. None if it moves less than `least` altogether.
+    side; frame: (width, height) in the same. Of the speeds up to `most` off, the one at which the true path passes
+    through the measured places best (least sum of distances, between frames on straight lines): whatever the path, and
+    through bounces. None if it goes less than `least` altogether.
     """
     at = np.flatnonzero(seen_track(track, np.asarray(frame)).free)
-    if len(at) < 3:
+    steps = np.diff(positions, axis=0)
+    if len(at) < 3 or np.linalg.norm(steps[at[0] : at[-1]], axis=-1).sum() < least:
         return None
-    lead = np.gradient(positions, axis=0) * np.arange(len(positions))[:, None]
-    power = (lead[at] ** 2).sum()
-    if np.linalg.norm(lead[at], axis=-1).max() < least:
-        return None
-    return float(((track.positions - positions)[at] * lead[at]).sum() / power)
+    beyond = int(most * len(positions)) + 1  # it goes on as it went last
+    path = np.concatenate([positions, positions[-1] + steps[-1] * np.arange(1, beyond + 1)[:, None]])
+
+    def best(scales):
+        where = scales[:, None] * at  # [scales, n]
+        there = np.stack([np.interp(where, np.arange(len(path)), path[:, k]) for k in (0, 1)], -1)
+        return scales[np.linalg.norm(there - track.positions[at], axis=-1).sum(-1).argmin()]
+
+    rough = best(np.arange(1 - most, 1 + most, 0.005))
+    return float(best(rough + np.arange(-10, 11) * 0.0005) - 1)

@@ -33,7 +33,9 @@ def find_bar(video, tolerance=30, chroma=24, share=0.8):
     """The embedded world's occluder in a clip uint8 [T, H, W, 3], or None. Objects pass behind it, never before it."""
     height, width = video.shape[1:3]
     values = video.astype(np.int16)
-    is_grey = (np.abs(values - BAR_GREY) <= tolerance).all(-1) & (values.max(-1) - values.min(-1) <= chroma)
+    red, green, blue = np.moveaxis(values, -1, 0)
+    low, high = (pick(pick(red, green), blue) for pick in (np.minimum, np.maximum))
+    is_grey = (low >= BAR_GREY - tolerance) & (high <= BAR_GREY + tolerance) & (high - low <= chroma)
     best = None
     for axis in (0, 1):
         line = is_grey.mean((0, 1) if axis == 0 else (0, 2)) >= share
@@ -164,6 +166,8 @@ def length(values):
 def project(values, start, end):
     """Where values lie along start -> end (0..1 if between), and their distance from that segment."""
     axis = end - start
-    along = ((values - start) * axis).sum(-1) / np.maximum((axis * axis).sum(-1), 1e-6)
+    along = np.einsum("...c,...c->...", values - start, axis) / np.maximum(
+        np.einsum("...c,...c->...", axis, axis), 1e-6
+    )
     on = start + np.clip(along, 0, 1)[..., None] * axis
     return along, length(values - on)

@@ -47,7 +47,8 @@ def judge(video, truth, *, tracks=None, asked=None):
     Returns:
         dict of ATTRIBUTES -> bool, or None if it is not asked.
         color, shape, direction, size, speed, motion: right for every object that lasts. direction is asked of objects
-          at rest or on a straight line, size and speed as a bin of the world, motion as far as the true clip shows it.
+          at rest or on a straight line, size and speed as a bin of the world, motion as far as the true clip shows it;
+          shape need not be told where the true clip never shows all of the object by itself.
         count: as many objects as the truth shows, all clip long, no more and no less.
         relation: the first two objects, at the start, are left of, right of, above or below each other as they should.
         joint: all that is asked. What could not be told is False.
@@ -59,6 +60,7 @@ def judge(video, truth, *, tracks=None, asked=None):
     found = parse_clip(video) if tracks is None else tracks
     frame = np.array([video.shape[2], video.shape[1]]) / min(video.shape[1:3])
     directions = [_asked_direction(truth, k) for k in range(truth.num_objects)]
+    ideals = [seen_truth(truth, k, frame) for k in range(truth.num_objects)]
     # an object that spends the clip outside the frame may be missing, and one that leaves need not last
     spans = [_span(row) for row in np.asarray(truth.visible) > 0.5]
     needed = max(sum(span >= 0.85 for span in spans), 1)
@@ -72,7 +74,7 @@ def judge(video, truth, *, tracks=None, asked=None):
         for j, track in enumerate(tracks):
             right[i, j] = (
                 track.color == thing.color,
-                track.shape == thing.shape or (track.shape is None and truth.visible[i].max() < 0.9),
+                track.shape == thing.shape or (track.shape is None and not ideals[i].free.any()),
                 directions[i] is None or direction_of(track.positions) == directions[i],
             )
             cost[i, j] = -np.dot(right[i, j], (4, 2, 1))
@@ -85,10 +87,10 @@ def judge(video, truth, *, tracks=None, asked=None):
         result["direction"] = direction
     own = {int(i): tracks[j] for i, j in pairs} if enough else {}
     if len(video) > 1:
-        result["motion"] = _motion(truth, own, frame, enough)
-        result["speed"] = _speed(truth, own, frame, enough)
-    result["size"] = _size(truth, own, frame, enough)
-    result["relation"] = _relation(truth, own)
+        result["motion"] = _motion(truth, ideals, own, frame, enough)
+        result["speed"] = _speed(truth, ideals, own, frame, enough)
+    result["size"] = _size(truth, ideals, own, frame, enough)
+    result["relation"] = _relation(truth, own, must=min(spans[:2]) >= 0.85 or not enough)
     result = {name: value if name in asked else None for name, value in result.items()}
     result["joint"] = all(value for value in result.values() if value is not None)
     return result
@@ -121,9 +123,8 @@ def _all_right(verdicts, enough):
     return (enough and all(verdicts)) if verdicts else None
 
 
-def _motion(truth, own, frame, enough):
+def _motion(truth, ideals, own, frame, enough):
     verdicts = []
-    ideals = [seen_truth(truth, k, frame) for k in range(truth.num_objects)]
     for k, thing in enumerate(truth.objects):
         other = next((j for j, o in enumerate(truth.objects) if j != k and o.motion == thing.motion == "collide"), None)
         ideal = checks(thing.motion, thing.sense, ideals[k], None if other is None else ideals[other])
@@ -144,7 +145,7 @@ def _bin(value, bins):
     return min(bins, key=lambda name: max(bins[name][0] - value, value - bins[name][1]))
 
 
-def _speed(truth, own, frame, enough):
+def _speed(truth, ideals, own, frame, enough):
     from data_pipelines.world_scene import SPEEDS
 
     def read(thing, seen):
@@ -153,7 +154,7 @@ def _speed(truth, own, frame, enough):
 
     verdicts = []
     for k, thing in enumerate(truth.objects):
-        if thing.speed_bin is None or read(thing, seen_truth(truth, k, frame)) != thing.speed_bin:
+        if thing.speed_bin is None or read(thing, ideals[k]) != thing.speed_bin:
             continue
         if k in own or not enough:
             verdicts.append(k in own and read(thing, seen_track(own[k], frame)) == thing.speed_bin)
@@ -172,7 +173,7 @@ def _start_radius(seen):
     return float(start) if abs(slope) * (at[-1] - at[0]) > 0.1 * start else float(np.median(radius))
 
 
-def _size(truth, own, frame, enough):
+def _size(truth, ideals, own, frame, enough):
     from data_pipelines.world_scene import RADII
 
     def read(seen):
@@ -181,21 +182,20 @@ def _size(truth, own, frame, enough):
 
     verdicts = []
     for k, thing in enumerate(truth.objects):
-        ideal = seen_truth(truth, k, frame)
-        if np.count_nonzero(ideal.free) < min(2, len(truth.times)) or read(ideal) != thing.size:
+        if np.count_nonzero(ideals[k].free) < min(2, len(truth.times)) or read(ideals[k]) != thing.size:
             continue
         if k in own or not enough:
             verdicts.append(k in own and read(seen_track(own[k], frame)) == thing.size)
     return _all_right(verdicts, enough)
 
 
-def _relation(truth, own, apart=0.01):
+def _relation(truth, own, must, apart=0.01):
     if truth.num_objects < 2 or (truth.visible[:2, 0] < 0.5).any():
         return None
     gap = truth.position[1, 0] - truth.position[0, 0]
     axis = int(abs(gap[1]) > abs(gap[0]))
     if not {0, 1} <= set(own):
-        return False
+        return False if must else None
     one, two = own[0], own[1]
     both = np.flatnonzero(one.seen & two.seen)
     if not len(both) or both[0] > 0.25 * (len(one.seen) - 1):

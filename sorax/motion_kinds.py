@@ -51,6 +51,10 @@ def seen_truth(truth, k, frame, apart=0.03):
         if j != k:
             distance = np.linalg.norm(truth.position[k] - truth.position[j], axis=-1)
             free &= distance > reaches[k] + reaches[j] + apart
+    if truth.bar is not None:
+        axis, low, high = truth.bar
+        along = truth.position[k][:, axis]
+        free &= (along + reaches[k] + apart < low) | (along - reaches[k] - apart > high)
     free &= np.append(free[1:], True) & np.append(True, free[:-1])  # beside what hides it is not sure
     hidden = (truth.visible[k] < 0.5) & (truth.objects[k].motion == "occlude")
     return Seen(truth.position[k], truth.radius[k], free, hidden, frame)
@@ -68,7 +72,9 @@ def checks(kind, sense, seen, partner=None):
 
     kind, sense: of data_pipelines.world.ObjectTruth; partner: Seen of what it collides with.
     """
-    return _CHECKS[kind](seen, sense, partner) if np.count_nonzero(seen.free) >= 2 else {}
+    if kind != "occlude" and np.count_nonzero(seen.free) < 2:
+        return {}
+    return _CHECKS[kind](seen, sense, partner)
 
 
 def speed(kind, seen):
@@ -90,7 +96,8 @@ def speed(kind, seen):
     if kind == "bounce":  # a step with a wall in it is short
         return float(np.quantile(np.linalg.norm(steps, axis=-1), 0.75, method="lower"))
     chord = float(np.median(np.linalg.norm(steps, axis=-1)))
-    half = abs(np.median(_turns(frames, steps))) / 2 if kind == "orbit" and len(steps) > 1 else 0.0
+    turns = _turns(frames, steps) if kind == "orbit" else np.zeros(0)
+    half = abs(np.median(turns)) / 2 if len(turns) else 0.0
     return chord * half / np.sin(half) if half > 1e-3 else chord
 
 
@@ -142,15 +149,15 @@ def _straight(seen, sense, partner):
     return {"moves": moved / STILL, "on a line": (0.02 + 0.2 * moved) / max(off, 1e-6)}
 
 
-def _turning_point(at, along):
-    """(frame, how far it goes there and how far back) of the best reversal of a coordinate, given at frames `at`."""
+def _turning_point(along):
+    """(its number, how far it goes there and back, 1 or -1) of the best reversal of a coordinate along [n]; or None."""
     best = None
     for way in (1, -1):
         values = way * along
-        for i in range(1, len(at) - 1):
+        for i in range(1, len(along) - 1):
             back = min(values[i] - values[:i].min(), values[i] - values[i + 1 :].min())
             if values[i] >= max(values[i - 1], values[i + 1]) and (best is None or back > best[1]):
-                best = at[i], back, way
+                best = i, back, way
     return best
 
 
@@ -158,14 +165,18 @@ def _bounce(seen, sense, partner):
     at = np.flatnonzero(seen.free)
     best = 0.0
     for axis in (0, 1):
-        turn = _turning_point(at, seen.positions[at, axis])
+        turn = _turning_point(seen.positions[at, axis])
         if turn is None:
             continue
-        frame, back, way = turn
+        i, back, way = turn
+        along, frame = seen.positions[at, axis], at[i]
         wall = seen.frame[axis] if way > 0 else 0.0
-        step = np.abs(np.diff(seen.positions[at, axis])).max()
-        near = abs(wall - seen.positions[frame, axis]) <= 1.8 * seen.radius[frame] + step + 0.03
-        best = max(best, back / 0.015 if near else 0.0)
+        steps = np.abs(np.diff(along))
+        near = abs(wall - along[i]) <= 1.5 * seen.radius[frame] + steps.max() + 0.01
+        # sharply, not as a throw turns at its top: two steps away it is as fast as ever
+        beside = [steps[k] for k in (i - 2, i + 1) if 0 <= k < len(steps)]
+        if near and (not beside or max(beside) > 0.4 * steps.max()):
+            best = max(best, back / 0.015)
     return {"comes back from a wall": best}
 
 
@@ -194,11 +205,16 @@ def _throw(seen, sense, partner):
     x, y = seen.positions[at].T
     top = int(y.argmin())
     way = 1 if sense == "right" else -1
-    return {
+    rise = y[0] - y[top]
+    found = {
         f"goes {sense}": way * (x[-1] - x[0]) / 0.025,
-        "goes up": (y[0] - y[top]) / 0.015,
+        "goes up": rise / 0.015,
         "comes down": (y[top:].max() - y[top]) / 0.015,
     }
+    if top >= 3:  # half of the time to the top brings three quarters of the way
+        left = np.interp((at[0] + at[top]) / 2, at, y) - y[top]
+        found["slows going up"] = 0.42 / max(left / max(rise, 1e-6), 1e-6)
+    return found
 
 
 def _collide(seen, sense, partner):
@@ -227,11 +243,17 @@ def _collide(seen, sense, partner):
 
 
 def _orbit(seen, sense, partner):
-    turns = _turns(*_steps(seen.free, seen.positions))
+    frames, steps = _steps(seen.free, seen.positions)
+    turns = _turns(frames, steps)
     if not len(turns):
         return {}
     turns = turns if sense == "clockwise" else -turns
-    return {"turns": turns.sum() / 0.4, "always so": np.mean(turns > 0) / 0.7}
+    pace = np.linalg.norm(steps, axis=-1)
+    return {
+        "turns": turns.sum() / 0.2,
+        "always so": 0.3 / max(np.mean(turns <= 0), 0.01),
+        "at a steady pace": 0.3 / max(pace.std() / pace.mean(), 0.01),
+    }
 
 
 def _occlude(seen, sense, partner):

@@ -96,6 +96,11 @@ def name_color(rgb, palette, reach=40.0, ratio=0.75):
     return palette[order[0]][0] if gap[order[0]] <= reach and clear else None
 
 
+def _grow(mask, pixels, outside=0):
+    """A mask or labels [T, H, W], grown in each frame by some pixels to all 8 sides; larger labels win."""
+    return ndimage.maximum_filter(mask, (1, 2 * pixels + 1, 2 * pixels + 1), mode="constant", cval=outside)
+
+
 # objects in a frame ----------------------------------------------------------------------------------------------
 
 
@@ -130,18 +135,19 @@ def _colors_present(
         if bar_edge is not None and bar_edge[np.nonzero(mask)[1:]].all():
             continue  # there an object mixes with the bar, and not with what is behind both
         core = length(pixels - hue) < 60
-        grown = ndimage.binary_dilation(core, _PLANE, iterations=2)
+        grown = _grow(core, 2)
         # its soft edge, as far as it reaches: a blurred tip is long
         where = np.nonzero(open_ | mask)
         fades = open_ | mask
         fades[where] = project(pixels[where], behind[where], hue)[1] < tolerance
-        explained = ndimage.binary_propagation(core, _PLANE, mask=core | fades)
+        regions, count = ndimage.label(core | fades, _PLANE)
+        explained = (np.bincount(regions[core], minlength=count + 1) > 0)[regions]
         where = np.nonzero(open_ & grown & ~explained)
         for other, other_grown in zip(hues, cores):
             explained[where] |= other_grown[where] & (project(pixels[where], hue, other)[1] < tolerance)
         open_ &= ~explained
         # what is left of a ring one or two pixels wide is no object either: an object has an inside
-        open_ &= ~grown | ndimage.binary_opening(open_ & grown, np.ones((1, 3, 3), bool))
+        open_ &= ~grown | _grow(~_grow(~(open_ & grown), 1, outside=True), 1)
         hues.append(hue)
         cores.append(grown)
     return np.asarray(hues, np.float32)
@@ -178,7 +184,7 @@ def _detect(pixels, background, hues, bar):
     size = np.bincount(who, minlength=count + 1)
     pure = np.bincount(who[full], minlength=count + 1) > 0
     # a piece that is nowhere fully covered, beside one that is, is a blur of its edge
-    near = ndimage.binary_dilation(pure[core], _PLANE, iterations=2)
+    near = _grow(pure[core], 2)
     beside = np.bincount(who[near[inside]], minlength=count + 1) > 0
     keep = (size >= MIN_PIXELS) & (pure | ~beside)
     keep[0] = False
@@ -193,9 +199,9 @@ def _detect(pixels, background, hues, bar):
     owner, close, touch = core, np.zeros(count + 1, bool), np.zeros(count + 1, bool)
     cut, near = np.zeros(count + 1, bool), np.zeros(count + 1, bool)
     for step in range(REACH):
-        grown = ndimage.grey_dilation(owner, footprint=_PLANE[1:2])
+        grown = _grow(owner, 1)
         lowest = np.where(owner == 0, np.iinfo(np.int32).max, owner)
-        lowest = -ndimage.grey_dilation(-lowest, footprint=_PLANE[1:2])
+        lowest = ndimage.minimum_filter(lowest, (1, 3, 3))
         clash = (grown > 0) & (lowest < grown)
         one, two = grown[clash], lowest[clash]
         other = own_hue[one] != own_hue[two]
@@ -219,7 +225,7 @@ def _detect(pixels, background, hues, bar):
     rgb = np.stack([np.bincount(who[inner], value[inner, k], count + 1)[1:] for k in range(3)], -1) / inside[:, None]
 
     axis = rgb[who - 1] - behind
-    coverage = ((value - behind) * axis).sum(-1) / np.maximum((axis * axis).sum(-1), 1)
+    coverage = np.einsum("nc,nc->n", value - behind, axis) / np.maximum(np.einsum("nc,nc->n", axis, axis), 1)
     if close.any():  # between two objects a pixel is a mixture of both, without background
         for c, hue in enumerate(hues):
             other = close[who] & (own_hue[who] != c) & (cover < 0.9)

@@ -161,6 +161,19 @@ def _is_sliver(path, found, largest):
     )
 
 
+def _shape_of_parts(patches, areas, single, shapes):
+    """(name or None, scores) of an object that always touches something: of its largest views, or of a part of the
+    clip, if all that can be told say the same."""
+    if not single.any():
+        return None, {}
+    found = [classify(patches[single & (areas >= 0.85 * areas[single].max())].mean(0), shapes)]
+    found += [
+        classify(patches[part].mean(0), shapes) for part in np.array_split(np.flatnonzero(single), 3) if len(part)
+    ]
+    names = {name for name, _ in found if name is not None}
+    return (names.pop() if len(names) == 1 else None), found[0][1]
+
+
 def make_track(path, found, alpha, owner, size, name, shapes):
     """The Track of some detections. alpha, owner [T, H, W]: see `sorax.parser`; name: RGB -> name or None."""
     num_frames, short = size[0], min(size[1:3])
@@ -189,13 +202,10 @@ def make_track(path, found, alpha, owner, size, name, shapes):
     patches[found["frame"][alone]] = canonical_patches(
         alpha, owner, found["frame"][alone], alone + 1, centers, np.sqrt(found["area"][alone] / math.pi)
     )
-    use = seen & ~cut
-    if not use.any():  # always at the edge: its largest views are still the best there are
-        use = seen & (pieces == 1)
-    if not use.any():
-        shape, scores = None, {}
+    whole, single = seen & ~cut, seen & (pieces == 1)
+    if whole.any():
+        shape, scores = classify(patches[whole & (areas >= 0.85 * areas[whole].max())].mean(0), shapes)
     else:
-        use &= areas >= 0.85 * areas[use].max()  # a smaller one may be partly hidden
-        shape, scores = classify(patches[use].mean(0), shapes)
+        shape, scores = _shape_of_parts(patches, areas, single, shapes)
     return Track(name(rgb), shape, rgb, positions, areas / short**2, seen, cut, scores, any_of(found["edge"]),
                  any_of(found["touch"]), any_of(found["bar"]), per_frame(found["rgb"][path]), patches)  # fmt: skip

@@ -56,6 +56,15 @@ def _around(clear, m, before=2, after=2):
     return clear[m - before : m + after].all()
 
 
+def _longest(flags):
+    """Length of the longest run of True."""
+    longest = run = 0
+    for flag in flags:
+        run = run + 1 if flag else 0
+        longest = max(longest, run)
+    return longest
+
+
 def _join(scene, changed, m, size, world):
     """A scene up to frame m, and another from there."""
     first, second = (world.scene_video(each, **size) for each in (scene, changed))
@@ -150,9 +159,10 @@ def _stretch(scene, truth, k, m, clear, size, world, draw):
 def _grow(scene, truth, k, m, clear, size, world, draw):
     """Half as large again by the end, though no resizing is asked for."""
     body = scene.bodies[k]
-    if body.motion == "resize" or clear.sum() < 0.6 * len(clear) or not (clear[:3].all() and clear[-3:].all()):
+    if body.motion == "resize" or not (clear.mean() >= 0.6 and clear[:3].all() and clear[-3:].all()):
         return None
-    grown = dataclasses.replace(body, end_radius=1.5 * body.radius, resize_time=float(truth.times[-1]))
+    motion = "resize" if body.is_still else body.motion  # what is still is drawn once for all frames
+    grown = dataclasses.replace(body, motion=motion, end_radius=1.5 * body.radius, resize_time=float(truth.times[-1]))
     return world.scene_video(_with(scene, k, grown), **size)
 
 
@@ -161,8 +171,11 @@ def _wrong_direction(scene, truth, k, m, clear, size, world, draw):
     body = scene.bodies[k]
     if body.motion not in ("straight", "occlude", "throw", "orbit") or clear.sum() < 5:
         return None
+    if body.motion in ("throw", "orbit") and _longest(clear & clear[::-1]) < 5:
+        return None
     positions = _where(body, truth)
-    if np.linalg.norm(positions[clear] - positions[clear].mean(0), axis=-1).max() < 0.5:
+    far = np.ptp(positions[clear], axis=0)
+    if max(far) < 0.8 or (body.motion == "throw" and far[0] < 0.8):
         return None
     reverse = dataclasses.replace(body, path=_through(truth.times, positions[::-1]))
     return world.scene_video(_with(scene, k, reverse), **size)
