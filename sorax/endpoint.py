@@ -286,12 +286,13 @@ class Endpoint:
 
     def _post(self, body: bytes):
         """(status, headers, bytes) of one call. Raises _Later where there is no whole response in time."""
-        connection, expired = self._connection(), threading.Event()
+        connection, expired, sockets = self._connection(), threading.Event(), []
 
         def expire():  # a server that sends a byte now and then keeps every read in time
             expired.set()
-            with contextlib.suppress(OSError, AttributeError):
-                connection.sock.shutdown(socket.SHUT_RDWR)
+            for sock in sockets:
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
 
         timer = threading.Timer(self.config.timeout, expire)
         timer.daemon = True
@@ -300,6 +301,8 @@ class Endpoint:
             headers = {"Content-Type": "application/json", "User-Agent": "sorax"}
             if self._key:
                 headers["Authorization"] = f"Bearer {self._key}"
+            connection.connect()
+            sockets.append(connection.sock)  # the connection forgets it once a response has begun
             connection.request("POST", self.config.address.path, body, headers)
             response = connection.getresponse()
             data = response.read(MAX_BYTES + 1)

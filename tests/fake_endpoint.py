@@ -16,8 +16,11 @@ def completion(content, **more):
 
 
 class FakeEndpoint(http.server.ThreadingHTTPServer):
-    """Answers requests in turn by `script`, and from then on by `then`: entries are (status, body, headers), bodies of
-    200, or functions request -> one of these; a body may be an iterator of its parts. `requests` are those that came, `headers` likewise."""
+    """Answers requests in turn by `script`, and from then on by `then`.
+
+    Entries are (status, body, headers), bodies of 200, or functions request -> one of these; a body may be an iterator
+    of its parts. `requests` are those that came, `headers` likewise.
+    """
 
     daemon_threads = True
 
