@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
+from data_pipelines.caption_kinds import CAPTION, is_captioned, open_captioned, parse_mix
 from sorax.errors import UserError
 
 Sample = dict[str, Any]  # video uint8 [T, H, W, 3], caption str, fps float, key str
@@ -34,7 +35,11 @@ class SampleSpec:
 
 
 class Source(Protocol):
-    """A picklable sequence of captioned videos whose shapes are known before they are decoded."""
+    """A picklable sequence of captioned videos whose shapes are known before they are decoded.
+
+    Where its samples have captions of several kinds, it has caption_kinds, their names, and captions(index), dict of
+    kind -> caption, all kinds for every sample; see `data_pipelines.caption_kinds`.
+    """
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -53,10 +58,11 @@ def open_source(data: Mapping[str, Any], **overrides: Any) -> Source:
     """The source that a config's `data` section names.
 
     `path` "" or "world" is the generated world, made from the section `world` (fields of WorldConfig);
-    "tfds:NAME[/CONFIG][:VERSION]" is a TFDS data set, with `split`, `data_dir`, `video_key` and `caption_key`; anything
-    else is a folder. Samples of both are brought within those fields of `data_pipelines.fit.Fit` that the section has,
-    by way of the index `index` if the section names one. With a `mixture`, `path` is not used: it is a list of
-    sections, each with a `weight` and its own path, which have what they do not set from this one.
+    "tfds:NAME[/CONFIG][:VERSION]" is a TFDS data set, with `split`, `data_dir`, `video_key` and `caption_key`;
+    "captions:FOLDER" is what `sorax caption` has written captions for, with these; anything else is a folder. Samples
+    of files are brought within those fields of `data_pipelines.fit.Fit` that the section has, by way of the index
+    `index` if the section names one. With a `mixture`, `path` is not used: it is a list of sections, each with a
+    `weight` and its own path, which have what they do not set from this one.
     Overrides replace entries of the section that is used (of `world`, or of `data`); those that mean nothing to a
     folder or to the world are not passed on. Two more of them are `index_cache`, the folder where an index that has to
     be made is kept, and `index_progress`, a function (done, to do) that is called meanwhile.
@@ -65,6 +71,8 @@ def open_source(data: Mapping[str, Any], **overrides: Any) -> Source:
     if data.get("mixture"):
         return _open_mixture(data, overrides)
     path = data.get("path") or "world"
+    if is_captioned(path):
+        return open_captioned(data, overrides)
     if path.startswith("shards:"):
         raise UserError(f"{path} is latents, which a DiT trains on; here videos are needed: name their folder")
     return _open_world(data, overrides) if path == "world" else _open_files(path, data, overrides)
@@ -89,6 +97,9 @@ def _open_world(data, overrides) -> Source:
             near = difflib.get_close_matches(name, known, 1, 0)
             raise UserError(f"unknown key data.world.{name}: did you mean data.world.{near[0]}?")
     settings |= {name: _tuples(value) for name, value in overrides.items() if name in known}
+    kinds = [kind for kind in parse_mix(data.get("caption_mix")) if kind != CAPTION]
+    if kinds and "kinds" not in settings:
+        settings["kinds"] = tuple(kinds)
     return World(WorldConfig(**settings))
 
 
@@ -118,7 +129,7 @@ def _open_mixture(data, overrides) -> Source:
     cache, parts = overrides.get("index_cache"), []
     for k, section in enumerate(sections):
         own = dict(overrides, index_cache=cache and os.path.join(cache, f"part_{k}"))
-        parts.append(open_source(section, **own))
+        parts.append(open_source(dict(section, caption_mix=data.get("caption_mix", "")), **own))
     return MixtureSource(parts, weights, [section["path"] for section in sections])
 
 

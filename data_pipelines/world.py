@@ -52,6 +52,7 @@ class WorldConfig:
     motions: a motion that is named twice is drawn twice as often.
     horizon: the seconds for which objects are placed to stay in the frame; None: as long as the item's own clip (an
       image: one second). With a number, an item of another length is the same video, cut or continued.
+    kinds: of captions (short, detailed) that an item has beside its own, for training to draw from.
     """
 
     split: str = "train"
@@ -65,6 +66,7 @@ class WorldConfig:
     captions: str = "short"
     backgrounds: tuple[str, ...] = BACKGROUNDS
     horizon: float | None = None
+    kinds: tuple[str, ...] = ()
 
     def __post_init__(self):
         def fix(name, convert):
@@ -77,6 +79,7 @@ class WorldConfig:
         fix("num_objects", lambda value: tuple(operator.index(n) for n in value))
         fix("motions", tuple)
         fix("backgrounds", tuple)
+        fix("kinds", tuple)
         fix("seed", operator.index)
         fix("num_samples", operator.index)
         fix("fps", float)
@@ -84,6 +87,8 @@ class WorldConfig:
         fix("horizon", lambda value: None if value is None else float(value))
         _one_of("split", (self.split,), SPLITS)
         _one_of("captions", (self.captions,), CAPTIONS)
+        if self.kinds:
+            _one_of("kinds", self.kinds, CAPTIONS[:2])
         _one_of("motions", self.motions, MOTIONS)
         _one_of("backgrounds", self.backgrounds, BACKGROUNDS)
         _check(0 <= self.seed < 2**63, "seed", self.seed, "use a whole number from 0 to 2**63 - 1")
@@ -194,8 +199,21 @@ class World:
         style = self.config.captions
         if style == "mixed":
             style = self._draws(self._index(index), 3).choice(CAPTIONS[:2])
+        return self._caption(index, scene, style)
+
+    def _caption(self, index, scene, style):
         duration = (self.frame_shape(index)[0] - 1) / self.config.fps
         return (short_caption if style == "short" else detailed_caption)(scene, duration)
+
+    @property
+    def caption_kinds(self) -> tuple[str, ...]:
+        """Kinds of captions that `captions` gives."""
+        return self.config.kinds
+
+    def captions(self, index: int, scene: Scene | None = None) -> dict[str, str]:
+        """The captions that an item has beside its own, by their kind."""
+        scene = scene or self.scene(index)
+        return {kind: self._caption(index, scene, kind) for kind in self.config.kinds}
 
     def spec(self, index: int, scene: Scene | None = None) -> SampleSpec:
         """Shape, frame rate, caption and key of an item, without rendering it."""

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from data_pipelines.caption_kinds import parse_mix
 from data_pipelines.loader import make_loader
 from data_pipelines.packing import token_costs
 from data_pipelines.rows import RowSource
@@ -105,6 +106,9 @@ class DataConfig:
     tokenizer: str = ""  # folder with one, or "bytes" (ByT5's); "": BPE, trained on the captions
     text_embeds: bool = False  # keep captions' embeddings beside the latents, and train without the frozen text encoder
     posterior: str = "mean"  # of latents: "mean", or "sample" for a new draw each time that a sample comes
+    # Which of a sample's captions is read, drawn each time that it comes: kinds and shares such as
+    # "detailed:0.95,original:0.05", see `data_pipelines.caption_kinds`; "": its own.
+    caption_mix: Any = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +242,7 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
                        patch_size=model.patch_size, batch_size=data.batch, ranks=ranks,
                        oversize="trim" if data.oversize == "trim" else "refuse")  # fmt: skip
     rows = RowSource(examples, seed=settings.seed, posterior=data.posterior, cost_a=cost_a, cost_b=cost_b,
-                     **row_options)  # fmt: skip
+                     mix=parse_mix(data.caption_mix), **row_options)  # fmt: skip
     val_rows = RowSource(val_examples, seed=0, **row_options)
 
     # --- What is read: networks that start from other weights, and those that keep them
