@@ -100,7 +100,7 @@ def test_latents_keep_captions_of_all_kinds_and_rows_draw_from_them(tmp_path):
     assert verify(tmp_path) == [] and examples.caption_kinds == ("short", "detailed")
     record, captions = examples.record(3), source.captions(3)
     assert {kind: record[f"caption_{kind}"] for kind in captions} == captions
-    rows = RowSource(examples, row_tokens=64, row_text=2048, batch_size=1, seed=0, patch_size=(1, 1, 1),
+    rows = RowSource(examples, row_tokens=512, row_text=8192, batch_size=1, seed=0, patch_size=(1, 1, 1),
                      mix={"detailed": 0.5, "caption": 0.5})  # fmt: skip
     row, seen = rows[0], set()
     for place, i in enumerate(rows.samples(0).tolist(), 1):
