@@ -58,9 +58,10 @@ def test_events_are_read_in_order():
 
 
 @pytest.mark.parametrize("text", [
-    "", "One object.", "a red circle moving", "a red circle moving right and a blue star", "a red dog moving right", "red circle",
-    "a red circle a blue star", "a red circle moving right on the sea", "moving right", "a red circle, , a blue star",
-    "One object on a plain black background.", "Two objects on a plain black background. A small red circle is in the "
+    "", "One object.", "a red circle moving", "a red circle moving right and a blue star", "a red dog moving right",
+    "red circle", "a red circle a blue star", "a red circle moving right on the sea", "moving right",
+    "a red circle, , a blue star", "One object on a plain black background.",
+    "Two objects on a plain black background. A small red circle is in the "
     "middle.", "One object on a plain black background. A small red circle stands still in the middle. It is nice.",
 ])  # fmt: skip
 def test_what_is_not_of_the_grammar_is_not_read(text):
