@@ -68,16 +68,15 @@ class PixelExamples:
     def __init__(self, source, encode_text):
         self.source, self.encode_text = source, encode_text
         self.shapes, self.text_lengths = np.empty((len(source), 3), np.int32), np.empty(len(source), np.int32)
+        kinds = getattr(source, "caption_kinds", ())
+        self.kind_lengths = {kind: np.empty(len(source), np.int32) for kind in kinds}
         for index in range(len(source)):
             spec = source.spec(index)
             self.shapes[index] = spec.num_frames, spec.height, spec.width
             self.text_lengths[index] = len(encode_text(spec.caption))
-        self.weights = getattr(source, "weights", None)
-        kinds = getattr(source, "caption_kinds", ())
-        self.kind_lengths = {kind: np.empty(len(source), np.int32) for kind in kinds}
-        for index in range(len(source) if kinds else 0):
-            for kind, caption in source.captions(index).items():
+            for kind, caption in source.captions(index).items() if kinds else ():
                 self.kind_lengths[kind][index] = len(encode_text(caption))
+        self.weights = getattr(source, "weights", None)
 
     def __len__(self):
         return len(self.source)
@@ -109,7 +108,8 @@ class RowSource:
         in the row): each time a sample is met it is another draw, and every row is the same whoever reads it.
       mix: kind -> share of its captions (`caption_kinds.parse_mix`); one is drawn by (seed, global row index, place in
         the row), and room is kept for the longest. Empty: each example's own.
-      kinds: rows say of what kind each text slot is, in text_kinds int32 [M]: a number of `mix`, in order.
+      kinds: names of kinds, those of the mix among them; rows then say of which each text slot is, in text_kinds int32
+        [M]: its number among these.
       oversize: what is done with an example larger than a row: "refuse", or "trim" to the most frames that fit.
       patch_size: (t, h, w). order: of the values of a patch, "in" or "out", see `sorax.patchify`; pixels are cut
         several times faster in "out". The others as in `data_pipelines.packing.PackSettings`.
@@ -137,7 +137,7 @@ class RowSource:
         posterior="mean",
         oversize="refuse",
         mix=None,
-        kinds=False,
+        kinds=(),
         **settings,
     ):
         if batch_size % ranks:
@@ -153,7 +153,7 @@ class RowSource:
         self.examples, self.patch_size, self.order, self.posterior = examples, tuple(patch_size), order, posterior
         self.row_tokens, self.row_text, self.batch_size = row_tokens, row_text, batch_size
         self.text_width = getattr(examples, "text_width", 0)
-        self.mix, self.kinds = dict(mix or {}), tuple(mix or {CAPTION: 1}) if kinds else ()
+        self.mix, self.kinds = dict(mix or {}), tuple(kinds)
         self._kind_lengths = dict(getattr(examples, "kind_lengths", {}))
         check_mix(self.mix, self._kind_lengths)
         video, text = self._lengths(oversize)

@@ -13,6 +13,7 @@ coverage at whatever size, frame rate and length is asked for (world_render).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 from typing import Any
 
@@ -122,6 +123,19 @@ def _one_of(name: str, values, options):
         _check(value in options, name, value, f"choose of {', '.join(options)}")
 
 
+@functools.lru_cache(maxsize=64)  # spec, captions and video of an item are asked for one after the other
+def _scene(config: WorldConfig, index: int, shape: tuple[int, int, int]) -> Scene:
+    num_frames, height, width = shape
+    horizon = config.horizon
+    if horizon is None:
+        horizon = (num_frames - 1) / config.fps if num_frames > 1 else 1.0
+    unit = config.extent / min(height, width)
+    return sample_scene(
+        config.split, config.seed, index, (width * unit, height * unit), horizon,
+        config.num_objects, config.motions, config.backgrounds,
+    )  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class ObjectTruth:
     """An object in words. direction is None unless it moves along a line; in an image it is "still"."""
@@ -182,26 +196,15 @@ class World:
 
     def scene(self, index: int) -> Scene:
         """What happens in an item, in world units and continuous time."""
-        config, index = self.config, self._index(index)
-        num_frames, height, width = self.frame_shape(index)
-        horizon = config.horizon
-        if horizon is None:
-            horizon = (num_frames - 1) / config.fps if num_frames > 1 else 1.0
-        unit = config.extent / min(height, width)
-        return sample_scene(
-            config.split, config.seed, index, (width * unit, height * unit), horizon,
-            config.num_objects, config.motions, config.backgrounds,
-        )  # fmt: skip
+        index = self._index(index)
+        return _scene(self.config, index, self.frame_shape(index))
 
-    def caption(self, index: int, scene: Scene | None = None) -> str:
-        """The item's caption, in the style of the configuration."""
+    def caption(self, index: int, scene: Scene | None = None, style: str = "") -> str:
+        """The item's caption, short or detailed; "": in the style of the configuration."""
         scene = scene or self.scene(index)
-        style = self.config.captions
+        style = style or self.config.captions
         if style == "mixed":
             style = self._draws(self._index(index), 3).choice(CAPTIONS[:2])
-        return self._caption(index, scene, style)
-
-    def _caption(self, index, scene, style):
         duration = (self.frame_shape(index)[0] - 1) / self.config.fps
         return (short_caption if style == "short" else detailed_caption)(scene, duration)
 
@@ -213,7 +216,7 @@ class World:
     def captions(self, index: int, scene: Scene | None = None) -> dict[str, str]:
         """The captions that an item has beside its own, by their kind."""
         scene = scene or self.scene(index)
-        return {kind: self._caption(index, scene, kind) for kind in self.config.kinds}
+        return {kind: self.caption(index, scene, kind) for kind in self.config.kinds}
 
     def spec(self, index: int, scene: Scene | None = None) -> SampleSpec:
         """Shape, frame rate, caption and key of an item, without rendering it."""

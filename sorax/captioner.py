@@ -21,22 +21,22 @@ from sorax.attention import MASKED, attention
 from sorax.dit import Attention, apply_rope, gelu, linear, rms_norm, rope_angles, run_layers
 from sorax.text import PAD_ID
 
-READS = ("video", "text")
+READS = ("pixels", "latents", "text")
 
 
 @dataclasses.dataclass(frozen=True)
 class CaptionerConfig:
     """Hyper-parameters.
 
-    reads: "video", patches of in_channels channels (3: pixels); "text", tokens of its own vocabulary.
-    num_kinds: of captions that it writes; each has a start token of its own.
+    reads: patches of in_channels channels, of "pixels" or "latents" of videos; or "text", tokens of its own vocabulary.
+    kinds: of captions that it writes, see `data_pipelines.caption_kinds`; each has a start token of its own.
     """
 
-    reads: str = "video"
+    reads: str = "pixels"
     in_channels: int = 3
     patch_size: tuple[int, int, int] = (1, 16, 16)
     vocab_size: int = 512
-    num_kinds: int = 2
+    kinds: tuple[str, ...] = ("short", "detailed")
     encoder_layers: int = 12
     decoder_layers: int = 12
     num_heads: int = 12
@@ -50,9 +50,11 @@ class CaptionerConfig:
             raise ValueError(f"reads is {self.reads!r}: use one of {', '.join(READS)}")
         if self.head_dim % 2 or self.head_dim < 6:
             raise ValueError(f"head_dim must be even and at least 6 (it is split over t, h, w), got {self.head_dim}")
-        for name in ("vocab_size", "num_kinds", "encoder_layers", "decoder_layers", "num_heads"):
+        for name in ("vocab_size", "encoder_layers", "decoder_layers", "num_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it is at least 1")
+        if not self.kinds or len(set(self.kinds)) < len(self.kinds):
+            raise ValueError(f"kinds are {self.kinds}: name each once, at least one")
 
     @property
     def width(self) -> int:
@@ -156,9 +158,9 @@ class Captioner(nnx.Module):
 
     def __init__(self, config: CaptionerConfig, rngs: nnx.Rngs):
         self.config = config
-        D, table = config.width, config.vocab_size + config.num_kinds
+        D, table = config.width, config.vocab_size + len(config.kinds)
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), (table, D)))
-        if config.reads == "video":
+        if config.reads != "text":
             self.patch_embed = linear(config.patch_dim, D, rngs)
 
         def stacked(cls, count):

@@ -15,6 +15,7 @@ from data_pipelines.rows import RowSource
 from sorax import config as config_lib
 from sorax import flops, media, processes, read_weights, sharding
 from sorax import lora as lora_lib
+from sorax.captioner import CaptionerConfig
 from sorax.discriminator import DiscriminatorConfig
 from sorax.dit import DiTConfig
 from sorax.dit_data import prepare_data, prepare_vae
@@ -95,7 +96,7 @@ class DataConfig:
     # VAE only
     crop: tuple[int, int, int] | None = None  # (frames, height, width), 0 as it is: larger clips are cut to it
     # What comes before, such as images and then small clips: dicts of `steps` and of the keys above (or `world`) that
-    # differ.
+    # differ. Of a captioner: of `steps` and a `caption_mix`.
     stages: tuple = ()
     # DiT only
     row_tokens: int = 16384
@@ -109,6 +110,7 @@ class DataConfig:
     # Which of a sample's captions is read, drawn each time that it comes: kinds and shares such as
     # "detailed:0.95,original:0.05", see `data_pipelines.caption_kinds`; "": its own.
     caption_mix: Any = ""
+    reads: str = "short"  # of a captioner that reads text: the kind of caption that it reads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,12 +148,14 @@ DISCRIMINATOR_OPTIM = dict(lr=1e-4, b1=0.5, b2=0.9, warmup_steps=0)
 
 def make_objective(config, workdir: str, mesh) -> Objective:
     """The objective that `config.kind` names; a DiT's VAE is trained first if it is not there."""
+    from sorax.captioner_objective import captioner_objective
     from sorax.vae_objective import vae_objective
 
-    makers = {"vae": vae_objective, "dit": dit_objective}
+    makers = {"vae": vae_objective, "dit": dit_objective, "captioner": captioner_objective}
     if config.get("kind") not in makers:
         raise UserError(f"config.kind is {config.get('kind')!r}: use one of {', '.join(makers)}")
-    own = dict(vae=("loss", "discriminator", "discriminator_optim"), dit=("vae", "text", "flow", "lora"))
+    own = dict(vae=("loss", "discriminator", "discriminator_optim"), dit=("vae", "text", "flow", "lora"),
+               captioner=("vae",))  # fmt: skip
     known = (*own[config.kind], "kind", "init", "model", "data", "optim", "train", "checkpoint", "mesh", "eval", "path")
     for section in config:
         if section not in known:
@@ -166,9 +170,11 @@ def complete(config):
     sections = dict(data=DataConfig, optim=OptimConfig, train=TrainConfig, checkpoint=CheckpointConfig, eval=EvalConfig,
                     loss=VAELossConfig, flow=FlowConfig, lora=lora_lib.LoRAConfig, discriminator=DiscriminatorConfig,
                     discriminator_optim=OptimConfig, mesh=sharding.MeshConfig)  # fmt: skip
-    if config.get("kind") in ("vae", "dit"):
-        sections |= dict(vae=dict(model=VAEConfig), dit=dict(model=DiTConfig, text=TextConfig))[config.kind]
-    own = dict(vae=dict(init="", discriminator={}, discriminator_optim=DISCRIMINATOR_OPTIM), dit=dict(init="", lora={}))
+    networks = dict(vae=dict(model=VAEConfig), dit=dict(model=DiTConfig, text=TextConfig),
+                    captioner=dict(model=CaptionerConfig))  # fmt: skip
+    sections |= networks.get(config.get("kind"), {})
+    own = dict(vae=dict(init="", discriminator={}, discriminator_optim=DISCRIMINATOR_OPTIM), dit=dict(init="", lora={}),
+               captioner=dict(init="", vae=dict(path="")))  # fmt: skip
     with config.unlocked():
         for name, value in own.get(config.get("kind"), {}).items():
             if name not in config:
@@ -181,9 +187,9 @@ def complete(config):
 
 
 def keep_ranks(config, workdir: str, mesh):
-    """Config of a DiT run that says for how many data-parallel ranks its rows are balanced: those of the mesh that it
-    started on. So a run that goes on elsewhere meets the same rows in the same order."""
-    if config.get("kind") != "dit" or config.data.get("ranks"):
+    """Config of a run on packed rows that says for how many data-parallel ranks they are balanced: those of the mesh
+    that it started on. So a run that goes on elsewhere meets the same rows in the same order."""
+    if config.get("kind") not in ("dit", "captioner") or config.data.get("ranks"):
         return config
     ranks = mesh.shape["data"] * mesh.shape["fsdp"]
     if os.path.exists(os.path.join(workdir, config_lib.CONFIG_FILE)):

@@ -48,7 +48,7 @@ def test_drawn_kinds_have_the_ratio_and_are_a_function_of_their_key():
 
 def test_rows_hold_captions_of_the_drawn_kind_and_say_which():
     world = World(WorldConfig(**WORLD))
-    source = rows_of(world, mix={"short": 0.5, "detailed": 0.5}, kinds=True)
+    source = rows_of(world, mix={"short": 0.5, "detailed": 0.5}, kinds=("short", "detailed"))
     met = set()
     for index in range(6):
         row = source[index]

@@ -14,7 +14,7 @@ from sorax.attention import attention
 from sorax.captioner import Captioner, CaptionerConfig, places_in_segments
 from sorax.decoding import EOS_ID, DecodingConfig, nucleus, write
 
-CONFIG = CaptionerConfig(in_channels=2, patch_size=(1, 2, 2), vocab_size=11, num_kinds=2, encoder_layers=2,
+CONFIG = CaptionerConfig(reads="latents", in_channels=2, patch_size=(1, 2, 2), vocab_size=11, encoder_layers=2,
                          decoder_layers=2, num_heads=2, head_dim=8, ffn_dim=24)  # fmt: skip
 
 
@@ -209,7 +209,7 @@ def test_a_mesh_changes_no_number(axes):
 
 
 def test_text_is_read_in_place_of_patches():
-    config = CaptionerConfig(reads="text", in_channels=1, patch_size=(1, 1, 1), vocab_size=11, num_kinds=1,
+    config = CaptionerConfig(reads="text", in_channels=1, patch_size=(1, 1, 1), vocab_size=11, kinds=("detailed",),
                              encoder_layers=1, decoder_layers=1, num_heads=2, head_dim=8, ffn_dim=8)  # fmt: skip
     graph, params = random_captioner(config)
     row = packed(samples(), kinds=(0, 0, 0))
