@@ -92,14 +92,19 @@ class EndpointCaptioner:
 
 
 class EndpointExpander:
-    """Longer prompts by a language model, in the style of examples: pairs (short, detailed)."""
+    """Longer prompts by a language model.
 
-    def __init__(self, endpoint: Endpoint, examples=()):
-        self.endpoint, self.examples = endpoint, tuple(examples)
+    Args:
+        examples: pairs (short, detailed). style: captions that the answers are to be like.
+    """
+
+    def __init__(self, endpoint: Endpoint, examples=(), style=()):
+        self.endpoint, self.examples, self.style = endpoint, tuple(examples), tuple(style)
 
     def propose(self, prompt: str, seed: int) -> str:
         """A longer prompt. Raises AnswerError, UserError."""
-        messages = [dict(role="system", content=EXPAND_INSTRUCTION)]
+        style = f" Captions in the style that is wanted: {json.dumps(self.style)}" if self.style else ""
+        messages = [dict(role="system", content=EXPAND_INSTRUCTION + style)]
         for short, detailed in self.examples:
             messages += [dict(role="user", content=json.dumps(dict(prompt=short))),
                          dict(role="assistant", content=json.dumps(dict(detailed=detailed)))]  # fmt: skip

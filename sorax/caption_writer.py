@@ -143,6 +143,15 @@ class CaptionRun:
     writer: CaptionWriter
 
     @property
+    def grid(self) -> dict:
+        """What videos must be multiples of, in the words of `open_source`."""
+        patch_size, codec = self.writer.config.patch_size, self.writer.codec
+        if codec is None:
+            return dict(spatial_multiple=max(patch_size[1:]), temporal_stride=patch_size[0])
+        vae = codec.config
+        return dict(spatial_multiple=vae.spatial_stride * patch_size[1], temporal_stride=vae.temporal_stride)
+
+    @property
     def identity(self) -> str:
         """What its captions depend on, in words."""
         return f"captioner {os.path.basename(os.path.abspath(self.workdir))} at step {self.step}"
