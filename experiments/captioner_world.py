@@ -5,13 +5,15 @@
     sorax caption --data world --run runs/captioner --out captioned
 
 One or two objects with all nine motions, 9 frames of 32x32 pixels, read as patches of 3 frames x 8x8 pixels: 48 tokens.
+To read latents in place of pixels: --config.model.reads=latents --config.vae.path=RUN --config.model.in_channels=16
+--config.model.patch_size="(1,2,2)", with the channels of that VAE.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_world():
-    return ConfigDict(dict(num_samples=40_000, shapes=((9, 32, 32),), fps=8.0, extent=7.0, num_objects=(1, 2)))
+    return ConfigDict(dict(num_samples=40_000, shapes=((9, 32, 32),), fps=8.0, extent=6.0, num_objects=(1, 2)))
 
 
 def get_config():

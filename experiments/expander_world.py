@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 
 def get_world():
-    return ConfigDict(dict(num_samples=20_000, shapes=((9, 32, 32),), fps=8.0, extent=7.0, num_objects=(1, 2)))
+    return ConfigDict(dict(num_samples=20_000, shapes=((9, 32, 32),), fps=8.0, extent=6.0, num_objects=(1, 2)))
 
 
 def get_config():

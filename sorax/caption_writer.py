@@ -11,7 +11,7 @@ from flax import nnx
 
 from data_pipelines.caption_examples import padded
 from data_pipelines.rows import RowSource
-from data_pipelines.text_tokens import Tokenizer
+from data_pipelines.text_tokens import MAX_TOKENS, Tokenizer
 from sorax import config as config_lib
 from sorax import decoding, functional
 from sorax.captioner import Captioner, CaptionerConfig
@@ -150,6 +150,11 @@ class CaptionRun:
             return dict(spatial_multiple=max(patch_size[1:]), temporal_stride=patch_size[0])
         vae = codec.config
         return dict(spatial_multiple=vae.spatial_stride * patch_size[1], temporal_stride=vae.temporal_stride)
+
+    @property
+    def max_tokens(self) -> int:
+        """Of a caption that it writes: no longer ones were learned from."""
+        return min(MAX_TOKENS, int(self.config.data.row_text))
 
     @property
     def identity(self) -> str:

@@ -5,7 +5,6 @@ In stages, as DALL-E 3's captioner (Betker et al. 2023): `data.stages`, dicts of
 first, such as short captions; then the mix of the `data` section, such as detailed ones.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import os
@@ -22,7 +21,7 @@ from data_pipelines.loader import make_loader
 from data_pipelines.packing import token_costs
 from data_pipelines.rows import RowSource
 from data_pipelines.sources import open_source
-from data_pipelines.text_tokens import Tokenizer
+from data_pipelines.text_tokens import MAX_TOKENS, Tokenizer
 from data_pipelines.world import World
 from sorax import config as config_lib
 from sorax import flops, functional, processes, read_weights, runlog, sharding
@@ -38,8 +37,6 @@ from sorax.objectives import DataConfig, EvalConfig, Objective, check_path, load
 from sorax.optim import OptimConfig
 from sorax.runs import open_vae, vae_folder
 from sorax.text import PAD_ID
-
-MAX_TOKENS = 200  # of a caption that is written while it learns
 
 
 def captioner_objective(config, workdir: str, mesh) -> Objective:
@@ -112,7 +109,7 @@ def captioner_objective(config, workdir: str, mesh) -> Objective:
         if not processes.is_first():
             return metrics, {}, 1.0
         writer = CaptionWriter(model, params, found.tokenizer, found.codec)
-        return metrics | _look(writer, found, evaluation, step, folder), {}, 1.0
+        return metrics | _look(writer, found, evaluation, data.row_text, step, folder), {}, 1.0
 
     def batches(step):
         for end, source in rows:
@@ -212,6 +209,8 @@ def _prepare(config, data, model: CaptionerConfig, workdir: str) -> _Found:
 
 
 def _latents(config, section, data, model, workdir):
+    if not config.vae.get("path"):
+        raise UserError("config.model.reads is 'latents', but config.vae.path is empty: set it to the run of a VAE")
     vae_config, vae_params, vae_identity = open_vae(vae_folder(config, workdir))
     if vae_config.latent_channels != model.in_channels:
         raise UserError(f"config.model takes {model.in_channels} channels, but the VAE makes "
@@ -258,7 +257,7 @@ def _tokenizer(config, captions, vocab_size, workdir):
 # --- A look at what it writes
 
 
-def _look(writer, found, evaluation, step, folder):
+def _look(writer, found, evaluation, row_text, step, folder):
     """Metrics of captions of the first validation samples, which are shown; of the world, how many are right."""
     source, kinds, metrics = found.val_source, writer.config.kinds, {}
     if source is None:
@@ -267,7 +266,7 @@ def _look(writer, found, evaluation, step, folder):
     count = min(len(source), max(evaluation.num_videos, evaluation.num_prompts if is_world else 0))
     if not count:
         return metrics
-    settings, texts = DecodingConfig("greedy", MAX_TOKENS), {}
+    settings, texts = DecodingConfig("greedy", max_tokens=min(MAX_TOKENS, row_text)), {}
     if writer.config.reads == "text":
         read = [source.captions(i).get(found.examples.reads) or source.spec(i).caption for i in range(count)]
     else:
@@ -283,7 +282,6 @@ def _look(writer, found, evaluation, step, folder):
         os.makedirs(folder, exist_ok=True)
         text = "".join(f"{read[i]}\n    {line}\n" for i, line in zip(shown, lines))
         config_lib.write_atomic(os.path.join(folder, f"step_{step:07d}.txt"), text)
-    else:
-        with contextlib.suppress(ValueError):
-            write_samples(folder, step, [read[i] for i in shown], lines)
+    elif shown:
+        write_samples(folder, step, [read[i] for i in shown], lines)
     return metrics

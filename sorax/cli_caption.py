@@ -1,8 +1,11 @@
 """`sorax caption` and `sorax expand`: a data set captioned anew; short prompts made detailed."""
 
 import dataclasses
+import functools
 import json
 import os
+from collections.abc import Callable
+from typing import Any
 
 from sorax.errors import UserError
 
@@ -19,19 +22,11 @@ def add_verbs(verbs):
     caption.add_argument("--data", required=True, help="folder of videos, world, tfds:NAME, ... (data.path)")
     caption.add_argument("--data.KEY=VALUE", dest="_", help="override a key of it, such as --data.fps=4")
     caption.add_argument("--out", required=True, help="new folder; an interrupted run goes on in it")
-    caption.add_argument("--run", default="", dest="workdir", help="run of a captioner that writes them")
     caption.add_argument("--shard", default="0/1", metavar="K/N", help="do every N-th video, from the K-th on: N "
                          "processes or hosts with one --out share the work (default: %(default)s)")  # fmt: skip
     caption.add_argument("--caption", default="detailed", help="kind that becomes the caption of a video where it is "
                          "trained on without data.caption_mix (default: %(default)s)")  # fmt: skip
-    writing = caption.add_argument_group("with --run")
-    writing.add_argument("--how", choices=("greedy", "nucleus", "beam"), default="greedy")
-    writing.add_argument("--beams", type=int, default=4)
-    writing.add_argument("--top-p", type=float, default=0.9)
-    writing.add_argument("--weights", choices=("ema", "raw"), default="ema")
-    shown = _add_endpoint(caption)
-    shown.add_argument("--frames", type=int, default=8, help="of a video that are shown (default: %(default)s)")
-    shown.add_argument("--side", type=int, default=512, help="pixels of their longer side (default: %(default)s)")
+    add_captioning(caption)
 
     text = "make short prompts detailed, in the style of the captions that a model was trained on"
     expand = verbs.add_parser("expand", help=text, description=text)
@@ -41,6 +36,19 @@ def add_verbs(verbs):
                         f"text-to-video run in whose {EXPANDER}/ it is")  # fmt: skip
     expand.add_argument("--seed", type=int, default=0, help="of the first prompt; prompt k has seed + k")
     add_expansion(expand, with_run=False)
+
+
+def add_captioning(verb):
+    """Adds the flags of who writes captions to a verb: see `captioning`."""
+    writing = verb.add_argument_group("captions by a captioner that was trained here")
+    writing.add_argument("--run", default="", dest="workdir", help="its run")
+    writing.add_argument("--how", choices=("greedy", "nucleus", "beam"), default="greedy")
+    writing.add_argument("--beams", type=int, default=4)
+    writing.add_argument("--top-p", type=float, default=0.9)
+    writing.add_argument("--weights", choices=("ema", "raw"), default="ema")
+    shown = _add_endpoint(verb)
+    shown.add_argument("--frames", type=int, default=8, help="of a video that are shown (default: %(default)s)")
+    shown.add_argument("--side", type=int, default=512, help="pixels of their longer side (default: %(default)s)")
 
 
 def add_expansion(verb, with_run: bool = True):
@@ -87,46 +95,85 @@ def _endpoint(arguments, cache: str, temperature: float):
 # --- caption
 
 
+@dataclasses.dataclass(frozen=True)
+class _Writer:
+    """Who writes captions. captions: source -> what `recaption` takes. data, grid: how videos are read for it (None: no
+    run says). usage: what to tell of it at the end."""
+
+    identity: dict
+    captions: Callable
+    data: Any
+    grid: dict
+    usage: Callable[[], str]
+
+
+def _writer(arguments, cache: str) -> _Writer:
+    if bool(arguments.workdir) == bool(arguments.endpoint):
+        raise UserError("captions need either --run RUN, a captioner, or --endpoint URL with --model")
+    from sorax import recaption
+
+    if arguments.endpoint:
+        from sorax.caption_endpoint import EndpointCaptioner
+
+        writer = EndpointCaptioner(_endpoint(arguments, cache, 0.0), arguments.frames, arguments.side)
+        identity = dict(writer=writer.identity, frames=arguments.frames, side=arguments.side)
+        return _Writer(identity, functools.partial(recaption.by_endpoint, writer), None,
+                       dict(spatial_multiple=16, temporal_stride=1), writer.endpoint.usage.line)  # fmt: skip
+    from sorax.caption_writer import load_captioner
+    from sorax.config import build
+    from sorax.decoding import DecodingConfig
+
+    run = load_captioner(arguments.workdir, arguments.weights, reads="video")
+    flags = dict(how=arguments.how, beams=arguments.beams, top_p=arguments.top_p, max_tokens=run.max_tokens)
+    settings = build(DecodingConfig, flags, "decoding")
+    identity = dict(writer=run.identity, decoding=dataclasses.asdict(settings))
+    return _Writer(identity, functools.partial(recaption.by_run, run, settings), run.config.data, run.grid,
+                   lambda: f"captions by {run.identity}")  # fmt: skip
+
+
+def captioning(arguments, work: str):
+    """The captioning stage that the flags of `add_captioning` ask for, for `data_pipelines.curate`; None without.
+
+    work: see `recaption.clip_captions`.
+    """
+    if not (arguments.workdir or arguments.endpoint):
+        return None
+    from sorax.recaption import clip_captions
+    from sorax.runlog import reporter
+
+    writer = _writer(arguments, os.path.join(arguments.out, work, "answers"))
+    stage = clip_captions(writer.captions, writer.identity, _section("", writer.data, ()), work,
+                          reporter("caption", "clips"), **writer.grid)  # fmt: skip
+
+    def run(folder):
+        try:
+            return stage(folder)
+        finally:
+            print(writer.usage())
+
+    return run
+
+
 def caption_verb(arguments, overrides):
     from sorax.runlog import Progress, reporter
 
-    if bool(arguments.workdir) == bool(arguments.endpoint):
-        raise UserError("sorax caption needs either --run RUN, a captioner, or --endpoint URL with --model")
     shard = _shard(arguments.shard)
     work = os.path.join(arguments.out, ".captions")
     if os.path.isdir(arguments.data) and os.path.realpath(arguments.out) == os.path.realpath(arguments.data):
         raise UserError("--out is the folder of --data: name a new one, the captions that are there stay there")
     from sorax import recaption
 
-    if arguments.endpoint:
-        from sorax.caption_endpoint import EndpointCaptioner
-
-        endpoint = _endpoint(arguments, os.path.join(work, "answers"), 0.0)
-        writer = EndpointCaptioner(endpoint, arguments.frames, arguments.side)
-        section, grid = _section(arguments.data, None, overrides), dict(spatial_multiple=16, temporal_stride=1)
-        identity = dict(writer=writer.identity, frames=arguments.frames, side=arguments.side)
-    else:
-        from sorax.caption_writer import load_captioner
-        from sorax.decoding import DecodingConfig
-
-        run = load_captioner(arguments.workdir, arguments.weights, reads="video")
-        section, grid = _section(arguments.data, run.config.data, overrides), run.grid
-        settings = DecodingConfig(arguments.how, beams=arguments.beams, top_p=arguments.top_p)
-        identity = dict(writer=run.identity, decoding=dataclasses.asdict(settings))
-    source = recaption.open_uncaptioned(section, os.path.join(work, "index"), reporter("index"), **grid)
-    if arguments.endpoint:
-        captions = recaption.by_endpoint(writer, source)
-    else:
-        captions = recaption.by_run(run, source, settings)
+    writer = _writer(arguments, os.path.join(work, "answers"))
+    section = _section(arguments.data, writer.data, overrides)
+    source = recaption.open_uncaptioned(section, os.path.join(work, "index"), reporter("index"), **writer.grid)
     try:
         with Progress("caption", len(range(shard[0], len(source), shard[1])), unit="videos") as progress:
             summary = recaption.recaption(
-                source, arguments.out, captions, identity=json.loads(json.dumps(identity)), section=section,
-                shard=shard, caption=arguments.caption, progress=lambda done, _: progress.advance(done),
+                source, arguments.out, writer.captions(source), identity=writer.identity, section=section, shard=shard,
+                caption=arguments.caption, progress=lambda done, _: progress.advance(done),
             )  # fmt: skip
     finally:
-        if arguments.endpoint:
-            print(writer.endpoint.usage.line())
+        print(writer.usage())
     if summary is None:
         print(f"this share is done; the process that ends last writes {arguments.out}/metadata.jsonl")
         return

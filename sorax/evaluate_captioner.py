@@ -57,7 +57,7 @@ def evaluate_captioner(
         scores |= dict(reads="text", splits=_expansions(run, num_clips or PROMPTS, seed))
         pictures = None
     else:
-        settings = DecodingConfig(how, max_tokens=_longest(run))
+        settings = DecodingConfig(how, max_tokens=run.max_tokens)
         scores |= dict(reads=run.writer.config.reads, decoding=dataclasses.asdict(settings))
         scores["splits"], pictures = _captions(run, num_clips or CLIPS, settings)
     with writing(out):
@@ -65,10 +65,6 @@ def evaluate_captioner(
             media.write_sheet(os.path.join(out, "captions.png"), *zip(*pictures))
         write_scores(out, scores, markdown(scores))
     return scores
-
-
-def _longest(run) -> int:
-    return min(400, int(run.config.data.row_text))
 
 
 def _captions(run: CaptionRun, count: int, settings):

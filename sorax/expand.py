@@ -68,7 +68,7 @@ class RunExpander:
 
     def __init__(self, run: CaptionRun, settings: DecodingConfig | None = None):
         self.run, self.kind = run, run.writer.config.kinds[-1]
-        self.settings = settings or DecodingConfig("nucleus", max_tokens=200, top_p=0.9)
+        self.settings = settings or DecodingConfig("nucleus", max_tokens=run.max_tokens, top_p=0.9)
 
     def propose(self, prompts, seeds):
         known, results = [], [None] * len(prompts)

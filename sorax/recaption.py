@@ -137,10 +137,35 @@ def recaption(
     """
     keys = [source.spec(i).key for i in range(len(source))]
     records = Records(out, dict(source=section.get("path") or "world", samples=len(keys)) | identity, shard)
+    _write(records, keys, range(shard[0], len(keys), shard[1]), captions, progress)
     done = records.read()
-    mine = range(shard[0], len(keys), shard[1])
+    if any(key not in done for key in keys):
+        return None
+    return _finish(source, out, keys, done, section, caption)
+
+
+def clip_captions(open_writer: Callable, identity: dict, data: dict, work: str, progress=lambda *_: None, **grid):
+    """The captioning stage of `data_pipelines.curate`: function folder -> {path of a clip: {kind: caption}}.
+
+    Args:
+        open_writer: source -> `captions` of `recaption`. identity: of who writes. data: how clips are looked at, a
+            `data` section without its path. work: folder in that of the clips where what is done is kept.
+    """
+
+    def run(folder: str) -> dict[str, dict[str, str]]:
+        here = os.path.join(folder, work)
+        source = open_uncaptioned(dict(data, path=folder), os.path.join(here, WORK, "index"), **grid)
+        keys, records = [source.spec(i).key for i in range(len(source))], Records(here, identity)
+        _write(records, keys, range(len(keys)), open_writer(source), progress)
+        return {key: row["captions"] for key, row in records.read().items() if "captions" in row}
+
+    return run
+
+
+def _write(records, keys, mine, captions, progress):
+    """Captions of the samples `mine` that are not done yet, into the records."""
+    done, failures = records.read(), 0
     todo = [i for i in mine if "captions" not in done.get(keys[i], {})]
-    failures = 0
     try:
         for count, (i, found) in enumerate(captions(todo), 1):
             if isinstance(found, Exception):
@@ -159,10 +184,6 @@ def recaption(
             progress(count, len(todo))
     finally:
         records.close()
-    done = records.read()
-    if any(key not in done for key in keys):
-        return None
-    return _finish(source, out, keys, done, section, caption)
 
 
 class _Unreadable(Exception):
@@ -182,7 +203,7 @@ def by_endpoint(captioner: EndpointCaptioner, source) -> Callable:
     return lambda numbers: concurrently(one, numbers, captioner.endpoint.config.concurrency)
 
 
-def by_run(run: CaptionRun, source, settings: DecodingConfig) -> Callable:
+def by_run(run: CaptionRun, settings: DecodingConfig, source) -> Callable:
     """`captions` of `recaption`, by a captioner that was trained here: all kinds that it writes."""
 
     def write(numbers):

@@ -148,3 +148,19 @@ def test_the_world_comes_out_as_captions_for_it(tmp_path):
     source = open_source(dict(path=f"captions:{out}"))
     assert len(source) == 3 and source.spec(0).caption.startswith("Detailed ")
     assert set(source.captions(1)) == {"short", "detailed", "original"}
+
+
+def test_clips_are_captioned_as_they_are_curated(tmp_path, capsys):
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    raw.mkdir()
+    moving = np.random.default_rng(0).integers(0, 256, (24, 64, 64, 3), np.uint8)
+    for k in (1, 2):
+        write(raw / f"{k}.mp4", np.roll(moving, k, axis=2))
+    (raw / "metadata.jsonl").write_text(json.dumps(dict(file="1.mp4", caption="noise")))
+    arguments = ["data", "curate", "--path", str(raw), "--out", str(out), "--processes", "1", "--duplicate-bits", "0"]
+    with serving(then=by_video) as server:
+        assert cli.main([*arguments, "--endpoint", server.url, "--model", "m"]) == 0
+    lines = lines_of(out)
+    assert len(lines) == len(server.requests) == 2
+    assert {row["caption_original"] for row in lines.values()} == {"noise", ""}
+    assert all(row["caption"] == row["captions"]["detailed"] != "" for row in lines.values())
