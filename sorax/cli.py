@@ -8,7 +8,7 @@ import sys
 import threading
 import traceback
 
-from sorax import backend, cli_data, cli_evaluate, cli_plan
+from sorax import backend, cli_caption, cli_data, cli_evaluate, cli_plan, cli_sample
 from sorax.errors import UserError
 
 
@@ -99,24 +99,6 @@ def _parse(argv):
     encode.add_argument("--config.KEY=VALUE", dest="_", help="override any key, such as --config.data.path=FOLDER")
     encode.set_defaults(takes_overrides=True)
 
-    sample = verb(sample_verb, "sample", "make videos from prompts with a trained run")
-    sample.add_argument("--run", required=True, dest="workdir", help="run folder")
-    sample.add_argument("--prompt", action="append", required=True, help="what to show; may be given several times")
-    sample.add_argument("--negative-prompt", default="", help="what guidance leads away from")
-    sample.add_argument("--size", default="", help="WxH in pixels (default: what the run was trained on most)")
-    sample.add_argument("--frames", type=int, default=0, help="number of frames (default: likewise)")
-    sample.add_argument("--fps", type=float, default=0.0, help="frames per second of the file (default: the run's)")
-    sample.add_argument("--solver", default="", help="euler, unipc or dpm++ (default: the config's)")
-    sample.add_argument("--steps", type=int, default=0, help="sampling steps (default: the config's)")
-    sample.add_argument("--guidance", type=float, default=None, help="guidance scale, 1 = off (default: the config's)")
-    sample.add_argument("--shift", type=float, default=None, help="noise schedule shift (default: the config's)")
-    sample.add_argument("--seed", type=int, default=0, help="noise seed; prompt k of several uses seed + k")
-    sample.add_argument("--weights", choices=("ema", "raw"), default="ema")
-    sample.add_argument("--noise", default="", metavar="FILE.npy", help="initial noise [B, t, h, w, C], one a prompt")
-    sample.add_argument("--save-latents", default="", metavar="FILE.npy",
-                        help="keep the final latents [B, t, h, w, C], normalised, as before decoding")  # fmt: skip
-    sample.add_argument("--out", default="sample.mp4", help=".mp4, .gif or .png; several prompts are numbered")
-
     export = verb(export_verb, "export", "write the networks of a run, or its VAE alone, for other programs")
     export.add_argument("--run", required=True, dest="workdir", help="run folder, of a VAE for the VAE alone")
     export.add_argument("--out", required=True, help="new folder")
@@ -143,8 +125,10 @@ def _parse(argv):
                           help="a LoRA of these weights: safetensors of diffusers, PEFT, or with Wan's own names; it "
                           "is in what is sampled and exported, and training goes on with it")  # fmt: skip
 
+    cli_sample.add_verb(verbs)
     cli_data.add_verbs(verbs)
     cli_evaluate.add_verb(verbs, _several)
+    cli_caption.add_verbs(verbs)
     cli_plan.add_verb(verbs)
 
     arguments, rest = parser.parse_known_args(argv)
@@ -153,6 +137,7 @@ def _parse(argv):
     unknown = [text for text in rest if not text.startswith(prefix)]
     if unknown or (overrides and not arguments.takes_overrides):
         parser.error(f"unknown argument {(unknown or rest)[0]!r}")
+    arguments.argv = list(argv)
     return arguments, overrides
 
 
@@ -242,70 +227,6 @@ def quickstart(arguments, _):
         ("try", f'sorax sample --run {workdir} --prompt "a red circle moving right" --out red.gif'),
     ):  # fmt: skip
         print(f"  {what + ':':18}{where}")
-
-
-def sample_verb(arguments, _):
-    from sorax import generate, media
-    from sorax.runs import load_run
-
-    backend.keep_programs()
-    run = load_run(arguments.workdir, arguments.weights)
-    frames, height, width, fps = run.usual_shape()
-    if arguments.size:
-        match = re.fullmatch(r"(\d+)x(\d+)", arguments.size)
-        if not match:
-            raise UserError(f"--size {arguments.size!r} is not WxH: write for example --size 48x32")
-        width, height = map(int, match.groups())
-    frames = arguments.frames or frames
-    if min(frames, height, width) < 1:
-        raise UserError(f"{width}x{height} with {frames} frames is too small: all must be at least 1")
-    legal = generate.legal_shape(run.networks.vae_config, run.networks.dit_config.patch_size, frames, height, width)
-    if legal != (frames, height, width):
-        print(f"{frames} frames of {width}x{height} are off the grid: making {legal[0]} of {legal[2]}x{legal[1]}")
-    outs = [arguments.out]
-    if len(arguments.prompt) > 1:
-        stem, suffix = os.path.splitext(arguments.out)
-        outs = [f"{stem}_{k}{suffix}" for k in range(len(arguments.prompt))]
-    media.check_suffix(outs[0], legal[0])
-    given = dict(num_steps=arguments.steps or None, solver=arguments.solver or None, guidance_scale=arguments.guidance,
-                 shift=arguments.shift)  # fmt: skip
-    sampling = run.sampling() | {name: value for name, value in given.items() if value is not None}
-    noise = _read_noise(arguments.noise, len(arguments.prompt))
-    if arguments.save_latents and not arguments.save_latents.endswith(".npy"):
-        raise UserError(f"--save-latents {arguments.save_latents!r}: arrays are written as .npy files")
-    requests = [
-        generate.Request(prompt, *legal, seed=arguments.seed + k, negative_prompt=arguments.negative_prompt,
-                         noise=noise[k])
-        for k, prompt in enumerate(arguments.prompt)
-    ]
-    generator = run.generator()
-    # Imported weights make 81 frames of 832x480 unless told otherwise: hours on a CPU, which should not look like none.
-    print(f"sampling {len(requests)} x {legal[0]} frames of {legal[2]}x{legal[1]}, {sampling['num_steps']} steps of "
-          f"{sampling['solver']}", flush=True)  # fmt: skip
-    latents = generator.latents(requests, **sampling)
-    if arguments.save_latents:
-        media.write_array(arguments.save_latents, latents)
-        print(f"{arguments.save_latents}: final latents")
-    videos = generator.codec.decode(latents)
-    for out, video, prompt in zip(outs, videos, arguments.prompt):
-        media.write_video(out, video, arguments.fps or fps)
-        print(f"{out}: {prompt}")
-
-
-def _read_noise(path, count):
-    """The noise of each prompt from a .npy file; None each if there is none."""
-    import numpy as np
-
-    if not path:
-        return [None] * count
-    try:
-        noise = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--noise {path!r} cannot be read ({error}): write it with numpy.save") from error
-    if noise.ndim != 5 or len(noise) != count or not np.issubdtype(noise.dtype, np.floating):
-        raise UserError(f"--noise {path!r} holds {noise.dtype} {list(noise.shape)}: it must be floats "
-                        f"[{count}, t, h, w, C], one noise a prompt")  # fmt: skip
-    return list(noise)
 
 
 def import_verb(arguments, _):

@@ -38,13 +38,18 @@ class FlowConfig:
     skip_layers: tuple[int, int] = (1, -1)  # the first layer that they skip, and the first that they do not
     sample_shift: float = 3.0
     caption_dropout: float = 0.1
-    # weights of nothing given, first latent frame, last, both ends, first k
-    given: tuple[float, float, float, float, float] = (0.6, 0.15, 0.05, 0.1, 0.1)
-    first_k: tuple[int, int] = (1, 0)  # the least and the most of that k; 0: as many as leave one to generate
+    # weights of `flow.GIVEN_MODES`: nothing given, first latent frame, last, both ends, first k, last k, both ends with
+    # k each, keyframes, all around a box; those that are left out are 0
+    given: tuple[float, ...] = (0.6, 0.15, 0.05, 0.1, 0.1)
+    # the least and the most of the k of first and last ones; 0: as many as leave one to generate
+    first_k: tuple[int, int] = (1, 0)
 
     def __post_init__(self):
         if self.sigma not in flow.SIGMA_KINDS:
             raise ValueError(f"sigma is {self.sigma!r}: use one of {', '.join(flow.SIGMA_KINDS)}")
+        if not 1 <= len(self.given) <= len(flow.GIVEN_MODES) or min(self.given) < 0 or not sum(self.given) > 0:
+            raise ValueError(f"given is {self.given}: give up to {len(flow.GIVEN_MODES)} weights of at least 0, of "
+                             f"{', '.join(flow.GIVEN_MODES)}")  # fmt: skip
         if not 0 <= self.skip_share < 1:
             raise ValueError(f"skip_share is {self.skip_share}: it is a share of the tokens, from 0 to below 1")
         least, most = self.first_k

@@ -25,6 +25,8 @@ from sorax import config as config_lib
 from sorax import functional, media
 from sorax.dit import DiT
 from sorax.errors import UserError
+from sorax.evaluate_captioner import evaluate_captioner
+from sorax.evaluate_captioner import summary_lines as captioner_lines
 from sorax.evaluate_vae import data_section, evaluate_vae, fidelity
 from sorax.evaluate_vae import summary_lines as vae_lines
 from sorax.generate import Request
@@ -48,7 +50,8 @@ def evaluate_folder(
     path: str, out: str, *, weights: str = "ema", num_clips: int | None = None, data: str = "", overrides=(),
     lpips: str = "", **settings,
 ) -> dict:  # fmt: skip
-    """Scores what a folder holds: a text-to-video run (`evaluate_run`), or a VAE, run or not (`evaluate_vae`).
+    """Scores what a folder holds: a text-to-video run (`evaluate_run`), a VAE, run or not (`evaluate_vae`), or a
+    captioner (`evaluate_captioner`).
 
     Args:
         weights: "ema" or "raw", of the text-to-video model.
@@ -59,6 +62,10 @@ def evaluate_folder(
     Raises:
         UserError: no such run, no checkpoint, no data, or `out` cannot be written.
     """
+    if kind_of(path) == "captioner":
+        if data or overrides or lpips:
+            raise UserError(f"{path!r} is a captioner, which is scored on its own data: leave out --data and --lpips")
+        return evaluate_captioner(path, out, weights=weights, num_clips=num_clips)
     if kind_of(path) != "dit":
         return evaluate_vae(path, out, num_clips=num_clips, data=data, overrides=overrides, lpips=lpips)
     run = load_run(path, weights)
@@ -193,8 +200,8 @@ def _device():
 
 def summary_lines(scores: dict) -> list[str]:
     """The scores in a few lines of plain text, for a terminal."""
-    if scores["kind"] == "vae":
-        return vae_lines(scores)
+    if scores["kind"] in ("vae", "captioner"):
+        return dict(vae=vae_lines, captioner=captioner_lines)[scores["kind"]](scores)
     lines = []
     for name, entry in scores["splits"].items():
         if "prompts" in entry:

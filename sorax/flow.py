@@ -9,7 +9,7 @@ timestep = 1000 * sigma. Legend: B rows, N tokens, P patch size flattened, S sam
 import jax
 import jax.numpy as jnp
 
-GIVEN_MODES = ("none", "first", "last", "both", "first_k")
+GIVEN_MODES = ("none", "first", "last", "both", "first_k", "last_k", "both_k", "keyframes", "box")
 SIGMA_KINDS = ("logit_normal", "uniform", "mode")
 
 
@@ -72,16 +72,19 @@ def draw_sigma(key, shape, *, kind="logit_normal", mean=0.0, std=1.0, mode_scale
 
 
 def draw_given(key, positions, segment_ids, num_samples: int, probabilities, first_k=(1, 0)):
-    """Random conditions: which latent frames of each sample are given rather than generated.
+    """Random conditions: which patches of each sample are given rather than generated.
 
     Args:
         positions: `[B, N, 3]` int (t, h, w); segment_ids: `[B, N]` int in 0..num_samples.
-        probabilities: weight of each of `GIVEN_MODES`: nothing, the first latent frame, the last, both ends, or the
-            first k, k uniform.
+        probabilities: weight of each of `GIVEN_MODES`, the rest 0 where there are fewer: nothing; the first latent
+            frame; the last; both ends; the first k, k uniform; the last k likewise; all but a gap between the first and
+            the last, its length and place uniform; each frame but one with a chance of its own for each sample; all but
+            (or, for one in four, nothing but) a box in space and time, whose extent along each axis is the whole for
+            every second one and else uniform.
         first_k: the least and the most of that k, as far as they leave a frame to generate; 0: what leaves one.
 
     Returns:
-        `[B, N]` bool. Images are never given, and at least one latent frame of every sample is generated.
+        `[B, N]` bool. Of images nothing is given but outside of boxes. Something of every sample is generated.
     """
     mode_key, k_key = jax.random.split(key)
     B, time = positions.shape[0], positions[..., 0]
@@ -95,13 +98,60 @@ def draw_given(key, positions, segment_ids, num_samples: int, probabilities, fir
     def of_token(table):
         return jnp.take_along_axis(table, segment_ids, axis=1)
 
-    frames, mode, k = of_token(frames), of_token(mode), of_token(k)
-    first, last = time == 0, time == frames - 1
+    frames_of, mode, k = of_token(frames), of_token(mode), of_token(k)
+    first, last = time == 0, time == frames_of - 1
     given = ((mode == 1) | (mode == 3)) & first
     given |= (mode == 2) & last
-    given |= (mode == 3) & last & (frames > 2)
+    given |= (mode == 3) & last & (frames_of > 2)
     given |= (mode == 4) & (time < k)
-    return given & (frames > 1) & (segment_ids != 0)
+    given |= (mode == 5) & (time >= frames_of - k)
+    given &= frames_of > 1
+    if len(probabilities) > 6:
+        keys = jax.random.split(k_key, 4)
+        given |= (mode == 6) & (frames_of > 1) & _around_a_gap(keys[0], time, frames, of_token)
+        given |= (mode == 7) & _keyframes(keys[1], time, frames, of_token)
+        given |= (mode == 8) & _around_a_box(keys[2], positions, member, of_token)
+    return given & (segment_ids != 0)
+
+
+def _up_to(key, most):
+    """Whole numbers, uniform in 1..most; most: int array, at least 1."""
+    return 1 + jnp.minimum(jnp.floor(jax.random.uniform(key, most.shape) * most).astype(jnp.int32), most - 1)
+
+
+def _around_a_gap(key, time, frames, of_token):
+    """All frames but a gap behind the first; it leaves the last one too where there are three or more."""
+    length_key, start_key = jax.random.split(key)
+    length = _up_to(length_key, jnp.maximum(frames - 2, 1))
+    start = _up_to(start_key, jnp.maximum(frames - 1 - length, 1))
+    return (time < of_token(start)) | (time >= of_token(start + length))
+
+
+def _keyframes(key, time, frames, of_token):
+    """Each frame with a chance that is drawn for its sample, but one that is always generated."""
+    chance_key, one_key, hash_key = jax.random.split(key, 3)
+    chance = of_token(jax.random.uniform(chance_key, frames.shape))
+    one = of_token(_up_to(one_key, frames)) - 1
+    # A number for each (sample, frame), the same for all tokens of it: a mix of bits (the end of MurmurHash3; Appleby).
+    bits = of_token(jax.random.bits(hash_key, frames.shape)) + time.astype(jnp.uint32) * jnp.uint32(0x9E3779B9)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
+    return ((bits >> 8) * jnp.float32(2**-24) < chance) & (time != one)
+
+
+def _around_a_box(key, positions, member, of_token):
+    """Outside of a box in (t, h, w), or, for one in four that do not fill the sample, inside of it."""
+    inside, fills = True, True
+    for axis, axis_key in enumerate(jax.random.split(key, 3)):
+        place = positions[..., axis]
+        size = 1 + jnp.max(jnp.where(member, place[:, :, None], 0), axis=1)  # [B, S + 1]
+        length_key, start_key, whole_key = jax.random.split(axis_key, 3)
+        length = jnp.where(jax.random.bernoulli(whole_key, 0.5, size.shape), size, _up_to(length_key, size))
+        start = _up_to(start_key, size - length + 1) - 1
+        inside &= (of_token(start) <= place) & (place < of_token(start + length))
+        fills &= length == size
+    turned = jax.random.bernoulli(jax.random.fold_in(key, 3), 0.25, fills.shape) & ~fills
+    return inside == of_token(turned)
 
 
 def noise_rows(key, tokens, given, segment_ids, levels):

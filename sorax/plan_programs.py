@@ -140,14 +140,14 @@ def sample_program(recipe, task, mesh, topology, rows) -> Program:
     batch = {k: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype, sharding=whole)
              for k, x in task.batch_shapes.items()}  # fmt: skip
     networks = functional.abstract(DiT, task.model)[0], functional.abstract(TextEncoder, task.text_model)[0]
-    sample = functools.partial(sample_rows, networks, num_samples=rows.samples, guided=True, **mesh_options(mesh))
+    sample = functools.partial(sample_rows, networks, num_samples=rows.samples, **mesh_options(mesh))
     solver = make_solver("euler", 1, task.flow.sample_shift)
     memory = Memory(topology.device.memory, params=held(params), other_arguments=held(batch))
     lengths, texts = ([n] * rows.samples * count * 2 for n in (rows.tokens, rows.text))
     work = flops.dit_forward(task.model, lengths, texts) + flops.text_forward(task.text_model, texts)
     what = f"one guided step for {count} rows, {rows.samples * count} videos"
-    return _compile("sample", what, lambda: jax.jit(sample).lower(params, batch, batch["text_tokens"], solver, 5.0),
-                    mesh, memory, work)  # fmt: skip
+    return _compile("sample", what, lambda: jax.jit(sample).lower(params, batch, batch["text_tokens"], solver,
+                                                                    dict(scale=5.0)), mesh, memory, work)  # fmt: skip
 
 
 def vae_program(way, recipe, task, mesh, topology, rows) -> Program:

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -74,12 +75,24 @@ class Run:
         return dict(num_steps=settings.num_steps, solver=settings.solver, guidance_scale=settings.guidance_scale,
                     shift=shift)  # fmt: skip
 
+    @functools.cached_property
+    def identity(self) -> str:
+        """Hash of all parameters of the networks."""
+        from sorax.score_report import params_hash
+
+        return params_hash(dict(dit=self.networks.dit, text=self.networks.text, vae=self.networks.vae))
+
+    @property
+    def given(self) -> tuple[float, ...]:
+        """How often training drew each of `sorax.flow.GIVEN_MODES`; the last of them may be missing, and are 0 then."""
+        from sorax.dit_task import FlowConfig
+
+        return config_lib.build(FlowConfig, self.config.flow, "flow").given
+
     @property
     def gives_frames(self) -> bool:
         """Whether it is trained with given frames, and so makes videos from an image too."""
-        from sorax.objectives import FlowConfig
-
-        return any(config_lib.build(FlowConfig, self.config.flow, "flow").given[1:])
+        return any(self.given[1:])
 
     @property
     def data_plan(self) -> str:
@@ -95,22 +108,27 @@ class Run:
     def usual_shape(self) -> tuple[int, int, int, float]:
         """(frames, height, width, fps) that the run saw most among its first validation samples; of imported weights
         that have no data Wan's own, 480p."""
+        return collections.Counter(self._shapes()).most_common(1)[0][0]
+
+    def longest(self) -> int:
+        """Frames of the longest of those samples."""
+        return max(shape[0] for shape in self._shapes())
+
+    def _shapes(self):
         data = self.config.data
         paths = [part["path"] for part in data.get("mixture") or ()] or [data.path]
         if not any(paths):
-            return WAN_SHAPE
+            return [WAN_SHAPE]
         for folder in (os.path.join(self.workdir, "latents"), *map(shards_folder, filter(is_shards, paths))):
             if there := splits(folder):
                 shards = LatentShards(folder, "val" if "val" in there else "train", first=64)
-                shapes = [(*shape, fps) for shape, fps in zip(shards.video_shapes.tolist(), shards.fps.tolist())]
-                break
-        else:  # the latents were deleted
-            vae, patch_size = self.networks.vae_config, self.networks.dit_config.patch_size
-            source = open_source(data, split="test", spatial_multiple=vae.spatial_stride * patch_size[1],
-                                 temporal_stride=vae.temporal_stride)  # fmt: skip
-            specs = [source.spec(i) for i in range(min(len(source), 64))]
-            shapes = [(s.num_frames, s.height, s.width, s.fps) for s in specs]
-        return collections.Counter(shapes).most_common(1)[0][0]
+                return [(*shape, fps) for shape, fps in zip(shards.video_shapes.tolist(), shards.fps.tolist())]
+        # The latents were deleted.
+        vae, patch_size = self.networks.vae_config, self.networks.dit_config.patch_size
+        source = open_source(data, split="test", spatial_multiple=vae.spatial_stride * patch_size[1],
+                             temporal_stride=vae.temporal_stride)  # fmt: skip
+        specs = [source.spec(i) for i in range(min(len(source), 64))]
+        return [(s.num_frames, s.height, s.width, s.fps) for s in specs]
 
     def metadata(self, weights: str) -> dict:
         """What a model card and provenance.json say of the run, of paths the last part alone; its scores, if this step
@@ -270,8 +288,8 @@ def vae_folder(config, workdir: str) -> str:
 
 
 def kind_of(path: str) -> str:
-    """What a folder holds: "dit" or "vae", a run of that kind, or "diffusers", an `AutoencoderKLWan` or a pipeline
-    with one.
+    """What a folder holds: "dit", "vae" or "captioner", a run of that kind, or "diffusers", an `AutoencoderKLWan` or a
+    pipeline with one.
 
     Raises:
         UserError: it is missing, or neither.
@@ -279,7 +297,7 @@ def kind_of(path: str) -> str:
     if _diffusers_vae(path) is not None:
         return "diffusers"
     kind = config_lib.read_config(path).get("kind")
-    if kind not in ("dit", "vae"):
+    if kind not in ("dit", "vae", "captioner"):
         raise UserError(f"{path!r} is neither a run nor a diffusers folder: its {config_lib.CONFIG_FILE} has no `kind` "
                         "of a run and no `_class_name` AutoencoderKLWan")  # fmt: skip
     return kind

@@ -25,6 +25,8 @@ class Solver:
     Step i, with x0[i] = x[i] - sigmas[i] * velocity(x[i], levels[i]):
         y[i]     = corrector[i] . (x[i], y[i - 1], x0[i], x0[i - 1], ...)     (y = x where corrector is None)
         x[i + 1] = predictor[i] . (y[i], x0[i], x0[i - 1], ...)
+
+    The tables of K schedules at once have a last axis more, see `stack_solvers`.
     """
 
     levels: np.ndarray  # [S] sigma that the network is told
@@ -33,13 +35,15 @@ class Solver:
     corrector: np.ndarray | None  # [S, 2 + O]
 
 
-def make_solver(name: str, num_steps: int, shift: float, order: int = 2) -> Solver:
+def make_solver(name: str, num_steps: int, shift: float, order: int = 2, start: float = 1.0) -> Solver:
     """The solvers of Wan's pipelines, step for step as diffusers has them.
 
     Args:
         name: "euler" (FlowMatchEulerDiscreteScheduler), "unipc" (UniPCMultistepScheduler; Zhao et al. 2023) or "dpm++"
             (DPMSolverMultistepScheduler, the multistep form; Lu et al. 2022); the latter two with `use_flow_sigmas`.
         num_steps: evaluations of the network. shift: of the noise schedule. order: of unipc and dpm++, 1 to 3.
+        start: where on the schedule it begins, before the shift: 1 is noise, less is a sample with that much noise, to
+            be added by the caller at the first of `sigmas` (SDEdit; Meng et al. 2022).
 
     Raises:
         ValueError: an unknown name, or settings out of range.
@@ -49,14 +53,16 @@ def make_solver(name: str, num_steps: int, shift: float, order: int = 2) -> Solv
     if num_steps < 1 or not 1 <= order <= 3 or not shift > 0:
         raise ValueError(f"a solver takes at least 1 step, an order of 1 to 3 and a positive shift, got {num_steps}, "
                          f"{order} and {shift:g}")  # fmt: skip
+    if not 0.01 <= start <= 1:
+        raise ValueError(f"a solver starts between 0.01 and 1 (noise) of its schedule, got {start:g}")
     if name == "euler":
-        sigmas = sigma_schedule(num_steps, shift)
+        sigmas = sigma_schedule(num_steps, shift, start)
         ratio = sigmas[1:].astype(np.float64) / sigmas[:-1]
         return _solver(sigmas[:-1], sigmas, np.stack([ratio, 1 - ratio], axis=1), None)
     # Their levels are whole timesteps, though their sigmas are not; the two differ in where the sigmas begin.
     even = np.linspace(1, 1 / TRAIN_TIMESTEPS, num_steps + 1)
     even = even[:-1] if name == "unipc" else 1 - even[:0:-1]
-    sigmas = shift_sigma(even, shift)
+    sigmas = shift_sigma(start * even, shift)
     if name == "unipc":
         sigmas[0] = min(sigmas[0], 1 - 1e-6)  # the logarithm of 1 - sigma is taken
     levels = np.floor(TRAIN_TIMESTEPS * sigmas) / TRAIN_TIMESTEPS
@@ -70,13 +76,18 @@ def _solver(levels, sigmas, predictor, corrector):
     return Solver(*(None if x is None else np.asarray(x, np.float32) for x in tables))
 
 
-def sigma_schedule(num_steps: int, shift: float) -> np.ndarray:
+def stack_solvers(solvers) -> Solver:
+    """Solvers of one kind and one number of steps as one: its tables have them along a last axis `[..., K]`."""
+    return jax.tree.map(lambda *tables: np.stack(tables, axis=-1), *solvers)
+
+
+def sigma_schedule(num_steps: int, shift: float, start: float = 1.0) -> np.ndarray:
     """Noise levels `[num_steps + 1]` from 1 down to 0, spaced as diffusers' FlowMatchEulerDiscreteScheduler has them.
 
-    That scheduler spaces evenly down to the shifted smallest training level, then shifts.
+    That scheduler spaces evenly down to the shifted smallest training level, then shifts. start: see `make_solver`.
     """
     smallest = shift_sigma(1 / TRAIN_TIMESTEPS, shift)
-    sigmas = shift_sigma(np.linspace(1.0, smallest, num_steps), shift)
+    sigmas = shift_sigma(start * np.linspace(1.0, smallest, num_steps), shift)
     return np.append(sigmas, 0.0).astype(np.float32)
 
 
@@ -157,32 +168,98 @@ def guide(conditional, unconditional, scale):
     return unconditional + scale * (conditional - unconditional)
 
 
-def integrate(velocity_fn, x, solver: Solver):
+def rescale_guidance(guided, conditional, factor, deviation):
+    """Guided velocity with its contrast brought back, by a factor in [0, 1], to that of the conditional one.
+
+    Guidance makes samples too strong; see Lin et al. 2024, "Common diffusion noise schedules and sample steps are
+    flawed", equations 15 and 16. deviation: array -> its standard deviation over each sample, to broadcast with it.
+    """
+    same_contrast = guided * deviation(conditional) / jnp.maximum(deviation(guided), 1e-12)
+    return factor * same_contrast + (1 - factor) * guided
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What `reuse_velocity` has seen: x and velocity when the network last ran, and how they changed before that."""
+
+    x: jax.Array
+    velocity: jax.Array
+    ratio: jax.Array  # of the change of the velocity to that of x, between the last two runs of the network
+    step: jax.Array  # how many there were
+    runs: jax.Array  # in how many of them the network ran
+
+
+def reuse_velocity(velocity_fn, num_steps: int, threshold, mean=jnp.mean):
+    """A velocity function with a memory that says its last velocity again where the new one will hardly differ.
+
+    The change is predicted: velocity changed by `ratio` times as much as x did when the network last ran, and how much
+    x has changed since is known (after EasyCache; Zhou et al. 2025, "Less is enough: training-free video diffusion
+    acceleration via runtime-adaptive caching"). The first two steps and the last one always run the network.
+
+    Args:
+        velocity_fn: `(x, sigma) -> velocity`. num_steps: of the solver.
+        threshold: largest predicted change, relative to the velocity: 0 reuses nothing; 0.05 to 0.2 is usual.
+        mean: of an array of the shape of x, over what matters.
+
+    Returns:
+        `(x, sigma, memory) -> (velocity, memory)`, and function x -> the memory to begin with: for `integrate`.
+    """
+
+    def begin(x):
+        zero = jnp.zeros((), jnp.int32)
+        return Memory(jnp.zeros_like(x), jnp.zeros_like(x), jnp.zeros(()), zero, zero)
+
+    def run(x, sigma, memory):
+        moved = mean(jnp.abs(x - memory.x))
+        change = memory.ratio * moved / jnp.maximum(mean(jnp.abs(memory.velocity)), 1e-12)
+        again = (memory.step >= 2) & (memory.step < num_steps - 1) & (change < threshold)
+
+        def fresh():
+            velocity = velocity_fn(x, sigma)
+            ratio = mean(jnp.abs(velocity - memory.velocity)) / jnp.maximum(moved, 1e-12)
+            return velocity, Memory(x, velocity, ratio, memory.step + 1, memory.runs + 1)
+
+        def same():
+            return memory.velocity, dataclasses.replace(memory, step=memory.step + 1)
+
+        return jax.lax.cond(again, same, fresh)
+
+    return run, begin
+
+
+def integrate(velocity_fn, x, solver: Solver, spread=lambda weight: weight, memory=None):
     """Integrates dx / dsigma = velocity over the noise levels of a solver.
 
     Args:
-        velocity_fn: `(x, sigma) -> velocity`, sigma a scalar.
+        velocity_fn: `(x, sigma) -> velocity`, sigma a scalar, or `[K]` of stacked solvers.
         x: start, any shape; noise where the first sigma is 1.
+        spread: of stacked solvers: a number for each, `[K]` -> what broadcasts with x.
+        memory: of a velocity function that has one: `(x, sigma, memory) -> (velocity, memory)`; a pytree.
 
     Returns:
-        x at the last sigma.
+        x at the last sigma; with a memory (x, memory).
     """
     order = solver.predictor.shape[1] - 1
 
     def step(carry, row):
-        x, before, seen = carry
+        x, before, seen, memory = carry
         level, sigma, predict, correct = row
-        seen = [x - sigma * velocity_fn(x, level), *seen[:-1]]
+        if memory is None:
+            velocity = velocity_fn(x, level)
+        else:
+            velocity, memory = velocity_fn(x, level, memory)
+        seen = [x - spread(sigma) * velocity, *seen[:-1]]
         if correct is not None:
-            x = before = _combine(correct, [x, before, *seen])
-        return (_combine(predict, [x, *seen]), before, seen), None
+            x = before = _combine(correct, [x, before, *seen], spread)
+        return (_combine(predict, [x, *seen], spread), before, seen, memory), None
 
     rows = jax.tree.map(jnp.asarray, (solver.levels, solver.sigmas[:-1], solver.predictor, solver.corrector))
     seen = [jnp.zeros_like(x)] * order
     before = None if solver.corrector is None else jnp.zeros_like(x)
-    (x, _, _), _ = jax.lax.scan(step, (x, before, seen), rows)
-    return x
+    (x, _, _, memory), _ = jax.lax.scan(step, (x, before, seen, memory), rows)
+    return x if memory is None else (x, memory)
 
 
-def _combine(weights, parts):
-    return sum(weights[i] * part for i, part in enumerate(parts))
+def _combine(weights, parts, spread):
+    return sum(spread(weights[i]) * part for i, part in enumerate(parts))

@@ -221,13 +221,16 @@ class EncodeStream(_Stream):
 
 
 class DecodeStream(_Stream):
-    """Normalised latents of one video -> uint8 frames, as they become final; used like `EncodeStream`."""
+    """Normalised latents of one video -> uint8 frames, as they become final; used like `EncodeStream`.
+
+    first: latents of the first chunk, of which there is one more unless told otherwise.
+    """
 
     _which = 1
 
-    def __init__(self, config: VAEConfig, params, chunk: int = CHUNK, mesh: Mesh | None = None):
+    def __init__(self, config: VAEConfig, params, chunk: int = CHUNK, mesh: Mesh | None = None, first: int = 0):
         super().__init__(config, params, chunk, mesh)
-        self._first, self._later = chunk // self._stride + 1, chunk // self._stride
+        self._first, self._later = first or chunk // self._stride + 1, chunk // self._stride
 
     def finish(self):
         """The frames of the latents that still wait."""

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from data_pipelines.caption_kinds import behind
 from data_pipelines.phyworld import PhyWorld
 from data_pipelines.sources import open_source
 from data_pipelines.world import World
@@ -107,7 +108,7 @@ def open_world(run) -> World:
     Raises:
         UserError: it was trained on something else.
     """
-    data = run.config.data
+    data = behind(run.config.data)
     sections = list(data.get("mixture") or ()) or [data]
     if not any((section.get("path") or "world") == "world" for section in sections):
         raise UserError(f"the world suite asks for what the embedded world shows, and {run.workdir!r} is trained on "

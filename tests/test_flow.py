@@ -104,9 +104,9 @@ def frames_given(mask, rows, segment):
 
 
 @settings(max_examples=25, deadline=None)
-@for_all(st.integers(0, 2**31 - 1), st.tuples(*[st.integers(0, 3)] * 5).filter(any))
-def test_something_is_always_generated_and_images_wholly(rows, seed, weights):
-    mask = draw(seed, *rows, jnp.array(weights, jnp.float32))
+@for_all(st.integers(0, 2**31 - 1), st.tuples(*[st.integers(0, 3)] * 8).filter(any))
+def test_something_is_always_generated_and_frames_are_given_as_a_whole(rows, seed, weights):
+    mask = draw(seed, *rows, jnp.array([*weights, 0], jnp.float32))
     for segment, (frames, *_) in enumerate(SHAPES, start=1):
         given = frames_given(mask, rows, segment)
         assert not np.any(np.all(given, axis=1))
@@ -143,6 +143,52 @@ def test_first_k_stays_within_its_bounds_and_leaves_a_frame(rows, bounds, of_fiv
     mask = drawn(jax.random.key(0), *rows, len(SHAPES), weights)
     assert set(frames_given(mask, rows, 1).sum(axis=1)) == of_five
     assert set(frames_given(mask, rows, 3).sum(axis=1)) == {1}  # two latent frames
+
+
+def only(mode):
+    return jnp.array([float(name == mode) for name in flow.GIVEN_MODES])
+
+
+def test_last_k_and_both_k_and_keyframes_give_every_set_of_frames_that_they_may(rows):
+    """All but a gap of 1 to 3 of 5 frames behind the first: 3 + 2 + 1 sets; of keyframes any set but that of all."""
+    wanted = dict(last_k=4, both_k=6, keyframes=31)
+    for mode, sets in wanted.items():
+        drawn = np.concatenate([frames_given(draw(seed, *rows, only(mode)), rows, 1) for seed in range(8)])
+        found = {"".join("01"[int(x)] for x in row) for row in drawn}
+        assert len(found) == sets
+        if mode == "last_k":
+            assert all(row == "0" * row.count("0") + "1" * row.count("1") for row in found)
+        if mode == "both_k":
+            assert all(row[0] + row[-1] == "11" and len(row.strip("1")) == row.count("0") for row in found)
+        shorter = frames_given(draw(0, *rows, only(mode)), rows, 3)
+        assert not shorter.all(axis=1).any()
+    assert np.all(frames_given(draw(0, *rows, only("both_k")), rows, 3) == [True, False])  # of two: the first
+
+
+def test_boxes_leave_something_to_generate_of_images_too(rows):
+    """What is generated is a box or, in about a quarter of the draws, all but a box; every extent is drawn."""
+    ids = np.asarray(rows[1])
+    mask = np.concatenate([draw(seed, *rows, only("box")) for seed in range(4)])
+    for segment, shape in enumerate(SHAPES, start=1):
+        here = ids[0] == segment
+        generated = ~mask[:, here].reshape(-1, shape[0], shape[1] // 2, shape[2] // 2)
+        assert generated.any((1, 2, 3)).all() and not mask[:, ids[0] == 0].any()
+        turned = 0
+        for one in generated:
+            box = np.ix_(*(one.any(tuple({0, 1, 2} - {axis})) for axis in range(3)))
+            turned += not one[box].all()
+        assert turned / len(generated) < 0.25
+        assert len({one.tobytes() for one in generated}) > (3 if segment == 1 else 1)
+
+
+def test_weights_that_are_left_out_are_zero(rows):
+    """Configs of before there were more modes draw what they drew."""
+    few, all_of_them = (0.2, 0.2, 0.2, 0.2, 0.2), (0.2, 0.2, 0.2, 0.2, 0.2, 0, 0, 0, 0)
+    assert not np.array_equal(draw(0, *rows, jnp.array(few)), np.zeros_like(rows[1], bool))
+    for segment in (1, 3):
+        a, b = (np.mean([frames_given(draw(seed, *rows, jnp.array(p)), rows, segment).mean(0) for seed in range(6)], 0)
+                for p in (few, all_of_them))  # fmt: skip
+        np.testing.assert_allclose(a, b, atol=0.15)  # four standard errors of 384 draws
 
 
 def test_samples_of_a_row_draw_their_own_mode(rows):
@@ -208,6 +254,50 @@ def test_solvers_follow_a_straight_flow_exactly(name, order, num_steps):
 
 
 @each_solver
+def test_a_solver_that_starts_partway_goes_on_from_there(name, order):
+    """On a line to x0: from x0 with a part of the noise to x0, over levels that fall from that part."""
+    x0, noise = (jax.random.normal(jax.random.key(i), (3, 4)) for i in range(2))
+    solver = sampler.make_solver(name, 5, 3.0, order, start=0.4)
+    assert solver.sigmas[0] == pytest.approx(flow.shift_sigma(0.4, 3.0), rel=0.01)
+    assert np.all(np.diff(solver.sigmas) < 0)
+    sigmas = iter(solver.sigmas)
+    begin = flow.add_noise(x0, noise, solver.sigmas[0])
+    with jax.disable_jit():
+        made = sampler.integrate(lambda x, _: (x - x0) / next(sigmas), begin, solver)
+    np.testing.assert_allclose(made, x0, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="starts between"):
+        sampler.make_solver(name, 5, 3.0, order, start=0.0)
+
+
+@each_solver
+def test_stacked_solvers_are_each_of_them(name, order):
+    solvers = [sampler.make_solver(name, 6, shift, order, start) for shift, start in ((3.0, 1.0), (5.0, 0.7))]
+    x = jax.random.normal(jax.random.key(0), (2, 4))
+    together = sampler.integrate(lambda x, sigma: jnp.sin(x) * (1 + sigma[:, None]), x, sampler.stack_solvers(solvers),
+                                 lambda weight: weight[:, None])  # fmt: skip
+    for k, solver in enumerate(solvers):
+        alone = sampler.integrate(lambda x, sigma: jnp.sin(x) * (1 + sigma), x[k], solver)
+        np.testing.assert_allclose(together[k], alone, rtol=1e-5, atol=1e-6)
+
+
+def test_reused_velocity_saves_runs_and_little_changes():
+    """On a gently curved flow; with a threshold of 0 every step runs the network, and the numbers are the same."""
+    def velocity(x, sigma):
+        return jnp.sin(x) + 0.3 * sigma
+
+    x, solver = jax.random.normal(jax.random.key(0), (64,)), sampler.make_solver("euler", 40, 1.0)
+    exact = sampler.integrate(velocity, x, solver)
+    runs, errors = [], []
+    for threshold in (0.0, 0.05, 0.2):
+        run, begin = sampler.reuse_velocity(velocity, 40, threshold)
+        made, memory = sampler.integrate(run, x, solver, memory=begin(x))
+        runs.append(int(memory.runs))
+        errors.append(float(jnp.abs(made - exact).max()))
+    assert runs[0] == 40 and errors[0] < 1e-6
+    assert 40 > runs[1] > runs[2] >= 3 and errors[1] < errors[2] < 0.2
+
+
+@each_solver
 def test_solvers_are_of_their_order_on_a_curved_flow(name, order):
     """dx / dsigma = x has the end e^-1 * x. Twice the steps, half of the error, or a third where the order is above 1.
 
@@ -231,6 +321,13 @@ def test_solvers_are_of_their_order_on_a_curved_flow(name, order):
 def test_a_solver_that_there_is_not_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         sampler.make_solver(*settings)
+
+
+def test_rescaled_guidance_has_the_contrast_of_the_conditional_velocity():
+    conditional, guided = jnp.array([1.0, -1.0, 2.0]), jnp.array([3.0, -5.0, 9.0])
+    whole = sampler.rescale_guidance(guided, conditional, 1.0, jnp.std)
+    assert float(jnp.std(whole)) == pytest.approx(float(jnp.std(conditional)), rel=1e-6)
+    np.testing.assert_allclose(sampler.rescale_guidance(guided, conditional, 0.0, jnp.std), guided)
 
 
 def test_guidance_of_one_is_off():

@@ -2,31 +2,19 @@
 
 import numpy as np
 import pytest
-from random_params import random_params
+from tiny_generator import tiny_generator
 
-from data_pipelines.text_tokens import Tokenizer
-from sorax.dit import DiT, DiTConfig
-from sorax.encode import Codec
 from sorax.errors import UserError
-from sorax.generate import Generator, Request, given_frames
-from sorax.text import TextConfig, TextEncoder
-from sorax.vae import VAE, VAEConfig
+from sorax.generate import Request, given_frames
 
-VAE_CONFIG = VAEConfig(4, (1, 2), 1, 3, (True,), pixel_patch=2)  # 2 x 4 x 4
-DIT_CONFIG = DiTConfig(
-    in_channels=3, out_channels=3, patch_size=(1, 2, 2), num_layers=2, num_heads=2, head_dim=12, ffn_dim=32,
-    text_dim=16, freq_dim=16,
-)  # fmt: skip
-TEXT_CONFIG = TextConfig(vocab_size=384, width=16, num_layers=1, num_heads=2, head_dim=8, ffn_dim=32)
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 SHAPE = (5, 16, 24)
 SETTINGS = dict(num_steps=3, guidance_scale=2.0, solver="unipc")
 
 
 @pytest.fixture(scope="module")
 def generator():
-    (dit, text, vae) = (random_params(cls, config)[1] for cls, config in
-                        ((DiT, DIT_CONFIG), (TextEncoder, TEXT_CONFIG), (VAE, VAE_CONFIG)))  # fmt: skip
-    return Generator(DIT_CONFIG, dit, TEXT_CONFIG, text, Tokenizer.of_bytes(), Codec(VAE_CONFIG, vae))
+    return tiny_generator()
 
 
 def clip(num_frames=1, seed=0):
@@ -88,3 +76,55 @@ def test_what_cannot_be_given_is_refused(generator):
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             generator.latents([Request("x", *SHAPE, given=given)], **SETTINGS)
+
+
+def test_requests_of_every_schedule_and_guidance_are_packed_as_if_alone(generator):
+    """An edit starts partway, a shift follows the number of tokens, guidance has an interval and is rescaled."""
+    latents = generator.codec.encode([clip(5)])[0]
+    requests = [
+        Request("a", *SHAPE, seed=1), Request("b", *SHAPE, seed=2, edit=(latents, 0.5)),
+        Request("c", 1, 16, 16, seed=3), Request("d", *SHAPE, seed=4, edit=(latents, 0.5),
+                                                 given=given_frames(generator.codec, {0: clip()}, *SHAPE)),
+    ]  # fmt: skip
+    settings = SETTINGS | dict(shift_tokens=16, guidance_interval=(0.2, 0.8), guidance_rescale=0.7, num_steps=4)
+    together = generator.latents(requests, **settings)
+    for k in (1, 3):
+        alone = generator.latents([requests[k]], **settings)[0]
+        np.testing.assert_allclose(together[k], alone, rtol=0, atol=1e-5 * np.abs(alone).max())
+
+
+def test_an_edit_keeps_more_the_less_noise_it_starts_with(generator):
+    latents = generator.codec.encode([clip(5)])[0]
+    far = [np.abs(generator.latents([Request("x", *SHAPE, edit=(latents, s))], **SETTINGS)[0] - latents).mean()
+           for s in (0.01, 0.3, 1.0)]  # fmt: skip
+    assert far[0] < 0.1 * far[2] and far[0] < far[1] < far[2]
+    whole, plain = (generator.latents([Request("x", *SHAPE, edit=edit)], **SETTINGS)[0]
+                    for edit in ((latents, 1.0), None))  # fmt: skip
+    np.testing.assert_allclose(whole, plain, atol=1e-4)  # sigma begins at 1 - 1e-6
+    with pytest.raises(UserError, match="make both the same"):
+        generator.latents([Request("x", *SHAPE, edit=(latents[:1], 0.5))], **SETTINGS)
+    with pytest.raises(UserError, match="starts between"):
+        generator.latents([Request("x", *SHAPE, edit=(latents, 0.0))], **SETTINGS)
+
+
+def test_guidance_outside_of_its_interval_is_off(generator):
+    requests = [Request("a red circle", *SHAPE, negative_prompt="blue")]
+    plain, off, narrow, whole = (
+        generator.latents(requests, **SETTINGS | changed)[0]
+        for changed in (dict(guidance_scale=1.0), dict(guidance_interval=(0, 0)), dict(guidance_interval=(0.8, 1)), {})
+    )
+    np.testing.assert_allclose(off, plain, atol=1e-5 * np.abs(plain).max())
+    assert np.abs(narrow - plain).max() > 1e-3 and np.abs(narrow - whole).max() > 1e-3
+
+
+def test_reuse_runs_the_network_less_and_zero_changes_nothing(generator):
+    requests, settings = [Request("a red circle", *SHAPE)], SETTINGS | dict(num_steps=12)
+    exact = generator.latents(requests, **settings)[0]
+    assert generator.runs == 12
+    near = generator.latents(requests, **settings, reuse=0.5)[0]
+    assert 3 <= generator.runs < 12
+    assert np.abs(near - exact).mean() < 0.5 * np.abs(exact).mean()
+    for wrong in (dict(reuse=-1), dict(shift_tokens=-1), dict(guidance_interval=(0.9, 0.1)), dict(guidance_rescale=2)):
+        with pytest.raises(UserError, match="sampling: "):
+            generator.latents(requests, **settings | wrong)
+

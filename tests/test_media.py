@@ -4,6 +4,7 @@ import errno
 import io
 import os
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -11,7 +12,7 @@ from video_files import numbered, numbers
 
 from data_pipelines.decode import decode, probe
 from sorax.errors import UserError
-from sorax.media import contact_sheet, gif_bytes, write_sheet, write_video
+from sorax.media import contact_sheet, gif_bytes, video_writer, write_sheet, write_video
 
 
 @pytest.mark.parametrize("fps", [8, 12.5, 24, 30000 / 1001])
@@ -53,6 +54,34 @@ def test_single_frame_is_a_lossless_png(tmp_path):
     frame = np.random.default_rng(0).integers(0, 256, (1, 9, 7, 3), dtype=np.uint8)
     write_video(tmp_path / "a.png", frame, 8)
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a.png")), frame[0])
+
+
+def test_every_kind_of_file_keeps_its_comment_and_takes_frames_as_they_come(tmp_path):
+    words = "a prompt: ein grüner Kreis 圆 " * 20
+    for name in ("a.mp4", "a.gif", "b.png", "b.jpg", "f/", "g_%03d.png"):
+        parts = [numbered(1)] if name.startswith("b") else [numbered(3), numbered(5)[3:]]
+        with video_writer(f"{tmp_path}/{name}", 8, words) as write:
+            for part in parts:
+                write(part)
+            assert not (tmp_path / name).is_file()
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        assert container.metadata["comment"] == words
+    for name in ("a.gif", "b.jpg", "b.png", "f/00004.png", "g_004.png"):
+        with Image.open(tmp_path / name) as image:
+            found = image.text["Comment"] if name.endswith("png") else image.info["comment"].decode()
+        assert found == words
+    assert numbers(decode(tmp_path / "a.mp4", 5, 48, 64, 8.0)) == list(range(5))
+    assert len(list(tmp_path.iterdir())) == 4 + 1 + 5 and len(list((tmp_path / "f").iterdir())) == 5
+
+
+def test_frames_that_are_there_are_not_mixed_with_others(tmp_path):
+    write_video(f"{tmp_path}/f/", numbered(2), 8)
+    with pytest.raises(UserError, match=r"00000\.png is there already: name another folder"):
+        write_video(f"{tmp_path}/f/", numbered(1), 8)
+    with pytest.raises(KeyboardInterrupt), video_writer(f"{tmp_path}/g/", 8) as write:
+        write(numbered(2))
+        raise KeyboardInterrupt
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
 
 
 def test_name_that_cannot_hold_the_video_is_a_user_error(tmp_path):

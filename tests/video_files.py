@@ -78,3 +78,14 @@ def make_bad(tmp_path, kind):
         Image.fromarray(noise[0]).save(tmp_path / "good.png")
         return damaged(tmp_path / "good.png", tmp_path / "bad.png", keep=0.6)
     return bad
+
+
+def write_sound(path):
+    """A file with sound and no picture. Returns the path."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
+        frame.rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
