@@ -152,11 +152,12 @@ def _scenes(job, run):
 
     vae, patch_size = run.networks.vae_config, run.networks.dit_config.patch_size
     ends = [frame for frame, _ in job.prompt[1:]] + [job.canvas.num_frames]
-    jobs = []
+    jobs, made = [], 0
     for k, ((begin, prompt), end) in enumerate(zip(job.prompt, ends)):
         if end <= begin:
             raise UserError(f"--shot {begin}:{prompt} begins where the video ends, at frame {end}: make that longer")
-        frames = legal_shape(vae, patch_size, end - begin, *job.canvas.shape[1:])[0]
+        frames = legal_shape(vae, patch_size, end - made, *job.canvas.shape[1:])[0]
+        made += frames
         canvas = dataclasses.replace(job.canvas, num_frames=frames)
         jobs.append(dataclasses.replace(job, canvas=canvas, prompt=prompt, seed=job.seed + k, noise=None))
     return jobs
