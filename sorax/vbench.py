@@ -96,7 +96,7 @@ def _lines(path):
 
 def write_layout(
     run: Run, prompts_file: str, out: str, *, names_file: str = "", samples: int = SAMPLES, shape=None, seed: int = 0,
-    num_steps: int | None = None, guidance_scale: float | None = None,
+    num_steps: int | None = None, guidance_scale: float | None = None, solver: str | None = None,
 ) -> int:  # fmt: skip
     """Makes the samples of a prompt suite of VBench, or those that are missing; processes share the work.
 
@@ -107,7 +107,7 @@ def write_layout(
         samples: of each prompt: 5, and 25 for temporal flickering.
         shape: (frames, height, width, fps) of the samples; None: what the run saw most.
         seed: sample k of prompt i is made from noise seed + i * samples + k: all differ, none is chosen.
-        num_steps, guidance_scale: of sampling; None: the run's own.
+        num_steps, guidance_scale, solver: of sampling; None: the run's own.
 
     Returns:
         the number of files that were made.
@@ -122,7 +122,7 @@ def write_layout(
     frames, height, width, fps = shape or run.usual_shape()
     networks, generator = run.networks, run.generator()
     size = legal_shape(networks.vae_config, networks.dit_config.patch_size, frames, height, width)
-    given = dict(num_steps=num_steps, guidance_scale=guidance_scale)
+    given = dict(num_steps=num_steps, guidance_scale=guidance_scale, solver=solver)
     sampling = run.sampling() | {name: value for name, value in given.items() if value is not None}
     files = {f"{p.name}-{k}.mp4": (p, seed + i * samples + k) for i, p in enumerate(prompts) for k in range(samples)}
     described = header(run.workdir, "dit", run.step, run.config.to_dict()) | dict(

@@ -62,7 +62,7 @@ def plain_part(tables: dict[str, Table], data: str, scored: str) -> dict:
         "it, where it can be followed. The reference's own row is what to be near to: its spectra are each clip's "
         "against the others', its distance of motion is that of one half to the other. A case fails where it lies "
         "outside of what 95 % of the reference's clips have.",
-        data, PLAIN, rows, _cases(tables, scored, cases), [*_spectra(tables), _motion(tables)],
+        data, PLAIN, rows, _cases(tables, scored, cases), [*_spectra(tables), *_motion(tables)],
     )  # fmt: skip
 
 
@@ -185,8 +185,9 @@ def _motion(tables):
         if there := [value for value in table.values["motion"] if value is not None]:
             quantiles = np.quantile(there, shares).tolist()
             lines[name] = dict(x=shares.tolist(), y=quantiles, lo=quantiles, hi=quantiles)
-    return dict(title="Motion that this share of clips stays below", x_label="share of clips", y_label="sides/s",
-                lines=lines)  # fmt: skip
+    series = dict(title="Motion that this share of clips stays below", x_label="share of clips", y_label="sides/s",
+                  lines=lines)  # fmt: skip
+    return [series] if lines else []
 
 
 # --- In words

@@ -102,8 +102,8 @@ def verify_videos(out: str, count: int = 2, seed: int = 0) -> list[str]:
 def prepare(
     reference: str, *, run: str = "", videos: str = "", reconstruct: bool = False, paired: bool = False,
     weights: str = "ema", features: str = "", fvd: bool = True, clip: str = "", lpips: str = "",
-    num_clips: int | None = None, num_steps: int | None = None, guidance_scale: float | None = None, seed: int = 0,
-    overrides=(), index: str | None = None,
+    num_clips: int | None = None, num_steps: int | None = None, guidance_scale: float | None = None,
+    solver: str | None = None, seed: int = 0, overrides=(), index: str | None = None,
 ) -> Evaluation:  # fmt: skip
     """Opens all that is needed, and refuses what cannot be scored before any work is done.
 
@@ -119,7 +119,7 @@ def prepare(
         fvd: whether FVD is wanted, which needs more videos than there are features.
         lpips: safetensors file of `sorax.lpips`, for copies.
         num_clips: of the reference, and of videos that are not paired, spread evenly; None: all.
-        num_steps, guidance_scale: of sampling; None: the run's own. seed: clip i is made from noise seed + i.
+        num_steps, guidance_scale, solver: of sampling; None: the run's own. seed: clip i is made from noise seed + i.
         overrides: `KEY=VALUE` of a `data` section, such as "max_frames=17": how videos are read.
         index: folder where indexes of folders are kept; None: nowhere.
 
@@ -148,7 +148,7 @@ def prepare(
     elif reconstruct:
         found = _reconstructions(open_side, reference, run, num_clips)
     else:
-        given = dict(num_steps=num_steps, guidance_scale=guidance_scale)
+        given = dict(num_steps=num_steps, guidance_scale=guidance_scale, solver=solver)
         found = _model(open_side, reference, load_run(run, weights), num_clips, given, seed)
     if clip and not videos:
         found.reference.captions("CLIP")
@@ -237,7 +237,7 @@ def _skipped(rows, measures, fvd):
             except UserError as error:
                 raise UserError(f"{error}; --no-fvd leaves it out") from error
     if measures.clip is None:
-        skipped["video/clip"] = f"the CLIP score needs a CLIP: {CLIP_REMEDY} with --clip"
+        skipped["video/clip"] = f"the CLIP score needs a CLIP: {CLIP_REMEDY} with --clip-model"
     if not any(row.originals is not None for row in rows.values()):
         skipped["video/paired"] = "these videos are no copies of the reference (--paired says that they are)"
     return skipped

@@ -28,6 +28,7 @@ from sorax.read_weights import load, open_params, read_json, tensor_files
 REMEDY = ("download `config.json` and `model.safetensors` (and `preprocessor_config.json`) of a VideoMAE, such as "
           "MCG-NJU/videomae-base-finetuned-kinetics on huggingface.co, into one folder and name it")  # fmt: skip
 BATCH = 4  # videos at a time
+MAX_TOKENS = 1 << 16  # of a video: published models have 1568
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as published models have them
 # What checkpoints for other tasks hold besides the encoder.
 HEADS = ("decoder.", "encoder_to_decoder.", "classifier.", "mask_token")
@@ -143,6 +144,8 @@ def read_config(path, pooled_norm: bool) -> VideoMAEConfig:
                     image_size=config.image_size, patch_size=config.patch_size)  # fmt: skip
     if config.num_frames % config.tubelet_size:
         raise UserError(f"{path}: num_frames {config.num_frames} is no multiple of tubelet_size {config.tubelet_size}")
+    if config.num_tokens > MAX_TOKENS:
+        raise UserError(f"{path}: {config.num_tokens} tokens a video, more than {MAX_TOKENS}: the file is damaged")
     return config
 
 

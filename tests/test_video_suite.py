@@ -89,7 +89,7 @@ def test_what_flickers_is_told_from_the_reference_and_its_frames_are_kept(refere
     out = tmp_path / "report"
     scores = evaluate_videos(str(out), reference, videos=other)
     assert list(scores["parts"]) == ["video/no-network"]
-    assert "download" in scores["not_scored"]["video/fvd"] and "--clip" in scores["not_scored"]["video/clip"]
+    assert "download" in scores["not_scored"]["video/fvd"] and "--clip-model" in scores["not_scored"]["video/clip"]
     for metric in ("flicker", "temporal_spectrum", "warping_error"):
         ours, theirs = (cell(scores, "no-network", row, metric) for row in ("videos", "reference"))
         assert ours["lo"] > theirs["hi"], metric
