@@ -50,7 +50,7 @@ def add_verb(verbs, several):
     video.add_argument("--features", default="", metavar="FOLDER", help="VideoMAE of transformers, for FVD and the "
                        "kernel distance")  # fmt: skip
     video.add_argument("--no-fvd", action="store_true", help="the kernel distance alone, which needs fewer videos")
-    video.add_argument("--clip", default="", metavar="FOLDER", help="CLIP of transformers, for the CLIP score")
+    video.add_argument("--clip-model", default="", metavar="FOLDER", help="CLIP of transformers, for the CLIP score")
     vbench = verb.add_argument_group("--suite vbench")
     vbench.add_argument("--prompt-file", default="", help="VBench's prompts, one a line")
     vbench.add_argument("--names-file", default="", help="the prompts as VBench names them, if those are longer ones")
@@ -127,9 +127,9 @@ def _video(arguments, overrides):
         raise UserError("--suite video needs --reference: a folder of real videos with captions, tfds:NAME or world")
     scores = evaluate_videos(
         arguments.out, arguments.reference, run=arguments.workdir, videos=arguments.videos, paired=arguments.paired,
-        reconstruct=arguments.reconstruct, weights=arguments.weights, features=arguments.features, clip=arguments.clip,
-        fvd=not arguments.no_fvd, lpips=arguments.lpips, num_clips=arguments.clips, seed=arguments.seed,
-        overrides=overrides, **_sampling(arguments, "solver"),
+        reconstruct=arguments.reconstruct, weights=arguments.weights, features=arguments.features,
+        clip=arguments.clip_model, fvd=not arguments.no_fvd, lpips=arguments.lpips, num_clips=arguments.clips,
+        seed=arguments.seed, overrides=overrides, **_sampling(arguments),
     )  # fmt: skip
     if scores is not None:
         print("\n".join(summary_lines(scores)))
