@@ -106,7 +106,7 @@ def _course(track, free):
         return lambda frame: (place, 0.03 + 0.12 * (frame - last))
     steps = np.diff(track.positions[recent], axis=0) / np.diff(recent)[:, None]
     velocity = steps[-1]
-    bend = np.linalg.norm(np.diff(steps, axis=0), axis=-1).max() if len(steps) > 1 else 0.2 * np.linalg.norm(velocity)
+    bend = np.linalg.norm(np.diff(steps, axis=0), axis=-1).max() if len(steps) > 1 else 0.06 * np.linalg.norm(velocity)
 
     def ahead(frame):
         wait = frame - last

@@ -55,7 +55,6 @@ def seen_truth(truth, k, frame, apart=0.03):
         axis, low, high = truth.bar
         along = truth.position[k][:, axis]
         free &= (along + reaches[k] + apart < low) | (along - reaches[k] - apart > high)
-    free &= np.append(free[1:], True) & np.append(True, free[:-1])  # beside what hides it is not sure
     hidden = (truth.visible[k] < 0.5) & (truth.objects[k].motion == "occlude")
     return Seen(truth.position[k], truth.radius[k], free, hidden, frame)
 

@@ -82,14 +82,14 @@ def test_what_comes_out_from_behind_a_bar_is_the_same_object():
 
 @pytest.mark.parametrize("change", [dict(color="cyan"), dict(shape="star"), dict(radius=1.15), None])
 def test_what_comes_out_changed_is_not(change):
-    world = behind_a_bar(10)
+    world = behind_a_bar(14)
     size = dict(num_frames=25, height=64, width=96, fps=8.0)
     done = 0
     for i in range(len(world)):
         scene, visible = world.scene(i), world.truth(i).visible[0]
         body = scene.bodies[0]
         hidden = np.flatnonzero(visible < 0.01)
-        if not len(hidden) or (visible[hidden[-1] :] > 0.99).sum() < 6 or (visible[: hidden[0]] > 0.99).sum() < 2:
+        if not len(hidden) or (visible[hidden[-1] :] > 0.99).sum() < 6 or (visible[: hidden[0]] > 0.99).sum() < 4:
             continue
         if change and change.get("color", change.get("shape")) in (body.color, body.shape):
             continue

@@ -106,8 +106,8 @@ def _delete(scene, truth, k, m, clear, size, world, draw):
 
 def _delete_hidden(scene, truth, k, m, clear, size, world, draw):
     """Never comes out from behind the bar, though there would be time to see it."""
-    hides = scene.bodies[k].motion == "occlude" and truth.visible[k, m] < 0.02 and clear[:m].sum() >= 2
-    return _join(scene, _with(scene, k), m, size, world) if hides and clear[m:].sum() >= 3 else None
+    hides = scene.bodies[k].motion == "occlude" and truth.visible[k, m] < 0.02 and clear[:m].sum() >= 3
+    return _join(scene, _with(scene, k), m, size, world) if hides and clear[m:].sum() >= 4 else None
 
 
 def _appear(scene, truth, k, m, clear, size, world, draw):
