@@ -8,7 +8,8 @@ import pytest
 from data_pipelines.phyworld import GRAVITY, PhyWorld, PhyWorldConfig
 from data_pipelines.world import World, WorldConfig
 from sorax.motion import drift, match_by_start, velocity_error
-from sorax.parser import Track, parse_clip
+from sorax.parser import parse_clip
+from sorax.tracks import Track
 
 
 def phyworld(motion, **settings):
@@ -21,7 +22,9 @@ def perfect_tracks(truth, shift=0.0):
     for position, radius, visible in zip(truth.position, truth.radius, truth.visible):
         seen = visible > 0.999
         places = np.where(seen[:, None], position + shift, np.nan)
-        tracks.append(Track("red", "circle", np.zeros(3), places, np.pi * radius**2, seen, ~seen, {}))
+        no = np.zeros(len(seen), bool)
+        tracks.append(Track("red", "circle", np.zeros(3), places, np.pi * radius**2, seen, ~seen, {}, ~seen, no, no,
+                            np.zeros((len(seen), 3)), np.zeros((len(seen), 0))))  # fmt: skip
     return tracks
 
 
