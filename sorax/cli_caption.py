@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from sorax.errors import UserError
+from sorax.expand import EXPANDER
 
-EXPANDER = "expander"  # folder of a text-to-video run, where the model that expands its prompts is looked for
 # How far videos are looked at by a model behind an endpoint, unless --data.KEY says otherwise.
 LOOK = dict(fps=8.0, max_frames=81, min_frames=1, max_tokens=30_000, oversize="scale")
 
