@@ -10,9 +10,14 @@ that `sorax caption` wrote, as --config.data.path.
 
 from ml_collections import ConfigDict
 
+MOTIONS = ("still", "straight", "bounce", "fall", "throw", "collide", "orbit", "occlude", "resize")
+
 
 def get_world():
-    return ConfigDict(dict(num_samples=20_000, shapes=((9, 32, 32),), fps=8.0, extent=6.0, num_objects=(1, 2)))
+    return ConfigDict(
+        dict(num_samples=20_000, shapes=((9, 32, 32),), fps=8.0, extent=6.0, num_objects=(1, 2), motions=MOTIONS,
+             backgrounds=("plain", "two-tone"))
+    )  # fmt: skip
 
 
 def get_config():

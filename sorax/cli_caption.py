@@ -9,7 +9,6 @@ from typing import Any
 
 from sorax.errors import UserError
 
-EXPANDER = "expander"  # folder of a text-to-video run, where the model that expands its prompts is looked for
 # How far videos are looked at by a model behind an endpoint, unless --data.KEY says otherwise.
 LOOK = dict(fps=8.0, max_frames=81, min_frames=1, max_tokens=30_000, oversize="scale")
 
@@ -33,7 +32,7 @@ def add_verbs(verbs):
     expand.set_defaults(run=expand_verb, takes_overrides=False)
     expand.add_argument("prompt", nargs="+", help="what to show; each is made longer")
     expand.add_argument("--run", default="", dest="workdir", help="run of a model that expands prompts, or the "
-                        f"text-to-video run in whose {EXPANDER}/ it is")  # fmt: skip
+                        "text-to-video run in whose expander/ it is")  # fmt: skip
     expand.add_argument("--seed", type=int, default=0, help="of the first prompt; prompt k has seed + k")
     add_expansion(expand, with_run=False)
 
@@ -56,8 +55,7 @@ def add_expansion(verb, with_run: bool = True):
     group = verb.add_argument_group("expansion of prompts")
     if with_run:
         group.add_argument("--expand", action="store_true", help="make the prompts detailed first, and show them")
-        group.add_argument("--expander", default="", help="run of a model that does it (default: RUN/"
-                           f"{EXPANDER})")  # fmt: skip
+        group.add_argument("--expander", default="", help="run of a model that does it (default: RUN/expander)")
     group.add_argument("--pin", default="", metavar="FILE.json", help="prompts and what they became: what is there is "
                        "taken as it is, edited or not, and what is new is added")  # fmt: skip
     _add_endpoint(verb)
@@ -263,7 +261,7 @@ def _read_pinned(path) -> dict[str, str]:
 
 
 def _expander(arguments, workdir):
-    from sorax.expand import EndpointExpanders, RunExpander, style_of
+    from sorax.expand import EXPANDER, EndpointExpanders, RunExpander, style_of
 
     if arguments.endpoint:
         from sorax.caption_endpoint import EndpointExpander

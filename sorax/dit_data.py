@@ -2,7 +2,8 @@
 
 import os
 
-from data_pipelines.caption_kinds import behind
+from data_pipelines.caption_kinds import PREFIX as CAPTIONS
+from data_pipelines.caption_kinds import behind, check_mix, is_captioned, parse_mix
 from data_pipelines.latent_shards import LatentShards, is_shards, read_manifest, shards_folder
 from data_pipelines.mixture import MixtureExamples, part_sections
 from data_pipelines.sources import GENERATED, open_source
@@ -66,6 +67,7 @@ def _encode_splits(config, codec, vae_identity, out, folder, workdir, *, num_sha
     text = FrozenText(config, workdir) if config.data.get("text_embeds") else None
     with processes.first_before_others("encode: data"):  # the index and the tokenizer are made once
         source = open_source(config.data, **grid(codec.config, config.model.patch_size), **_index_options(out))
+        check_mix(parse_mix(config.data.get("caption_mix")), getattr(source, "caption_kinds", ()))
         found = survey(source)
         wanted = start_tokenizer(config, workdir)
         tokenizer = prepare_tokenizer(found.captions, config.text.vocab_size, folder, wanted)
@@ -267,7 +269,9 @@ def _origin(data):
     section = data.to_dict() if hasattr(data, "to_dict") else dict(data)
 
     def absolute(path):
-        return os.path.abspath(path) if path and os.path.isdir(path) else path
+        kind = CAPTIONS if is_captioned(path) else ""
+        folder = str(path or "").removeprefix(kind)
+        return kind + os.path.abspath(folder) if folder and os.path.isdir(folder) else path
 
     section["path"] = absolute(section.get("path"))
     section["mixture"] = [dict(part, path=absolute(part["path"])) for part in section.get("mixture") or ()]

@@ -29,6 +29,7 @@ from sorax.decoding import DecodingConfig
 from sorax.endpoint import AnswerError
 from sorax.errors import UserError
 
+EXPANDER = "expander"  # folder of a text-to-video run, where the model that expands its prompts is looked for
 TRIES = 8  # proposals for a prompt
 MOST = 2000  # characters of a prompt
 WINDOW = 3  # words within which two that stood side by side have to follow each other

@@ -15,6 +15,7 @@ Prompts, noise and settings are pinned: the same weights give the same numbers.
 import collections
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -24,9 +25,11 @@ from data_pipelines.phyworld import PhyWorld
 from data_pipelines.sources import open_source
 from data_pipelines.world import World
 from sorax.abnormal import abnormal_events, persistence
+from sorax.caption_writer import load_captioner
 from sorax.encode import source_identity
 from sorax.errors import UserError
 from sorax.evaluate import untrained_params
+from sorax.expand import EXPANDER, RunExpander, expand
 from sorax.generate import Request
 from sorax.judging import DETAILED, SHORT, judge
 from sorax.metrics import psnr
@@ -136,6 +139,11 @@ def world_parts(run, makers: Makers, counts: Counts) -> tuple[list[Part], dict[s
             continue
         for style in ("short", "detailed"):
             parts.append(prompt_part(world, makers, counts.clips, split, style, trained))
+    expander = os.path.join(run.workdir, EXPANDER)
+    if os.path.isdir(expander):
+        parts.append(expanded_part(world, makers, counts.clips, RunExpander(load_captioner(expander, reads="text"))))
+    else:
+        left["prompts/test/expanded"] = f"the run has no model that expands prompts, in its folder {EXPANDER}/"
     parts.append(reliability_part(world, makers, counts))
     if "occlude" in world.config.motions:
         parts.append(persistence_part(world, makers, counts.clips))
@@ -215,6 +223,24 @@ def prompt_part(world: World, makers: Makers, count: int, split: str, style: str
         judge=_judging(clips, asked), caption=clips.caption, seed=lambda i: i,
         metrics={name: title for name, title in CHECKS.items() if name in ("joint", "usable", "normal", *asked)},
         fps=world.config.fps, data=clips.data,
+    )  # fmt: skip
+
+
+def expanded_part(world: World, makers: Makers, count: int, expander: RunExpander) -> Part:
+    """Whether clips that are made from expanded prompts show what the short prompts say."""
+    clips = _Clips(_changed(world, split="test", captions="short"), count)
+    longer = functools.cache(lambda i: expand([clips.caption(i)], expander, seed=i)[0].text)
+
+    def requests(cases):
+        return [dataclasses.replace(request, prompt=longer(i)) for i, request in zip(cases, clips.requests(cases))]
+
+    return Part(
+        name="prompts/test/expanded", title="Prompts, in distribution, short captions that were expanded",
+        about="Clips are made from detailed prompts that a language model made of short ones, and judged by the short "
+        "ones: the row to compare with is that of short captions.",
+        count=count, chunk=makers.chunk(clips.shape), make=makers.truth(clips.video) | makers.model(requests),
+        judge=_judging(clips, SHORT), caption=lambda i: f"{clips.caption(i)} -> {longer(i)}", seed=lambda i: i,
+        metrics=CHECKS, fps=world.config.fps, data=f"{clips.data}-{expander.run.identity}",
     )  # fmt: skip
 
 
