@@ -1,6 +1,6 @@
 """Raw videos to cleaned, captioned clips: an Apache Beam pipeline, and a record of what was dropped where and why.
 
-    listing -> scan (probe, cuts, trimming, measuring) -> check -> duplicates -> write -> records
+    listing -> scan (probe, cuts, trimming, measuring) -> check -> duplicates -> write -> (caption) -> records
 
 Every raw file and every clip cut out of it ends in exactly one place: kept, or dropped at a stage for a reason. Files
 are read and clips are written in bounded worker processes (`workers`), whatever the runner. The pipeline is made of
@@ -59,6 +59,7 @@ def curate(
     beam_options: tuple[str, ...] = (),
     processes: int | None = None,
     tell: Callable[[str, int, int], None] | None = None,
+    caption: Callable[[str], dict[str, dict[str, str]]] | None = None,
 ) -> dict:
     """Curates a folder of raw videos into a folder that FolderSource reads.
 
@@ -69,6 +70,8 @@ def curate(
       beam_options: options for Beam, such as "--flink_master=host:8081".
       processes: worker processes on a machine; None: one a CPU; 0: none, without limits (for tests).
       tell: called with "scan" or "write", the number of files done and the most there can be; embedded runner only.
+      caption: the last stage: output folder -> {path of a clip: {kind: caption}}, see `sorax.recaption.clip_captions`.
+        It may keep what is done in a folder inside that of the unfinished curation.
     Returns what curation.json holds (`curate_records.write_outputs`), and Beam's own counts as "counters".
     Raises UserError if a folder or a setting cannot be used, or the disk does not take the clips.
     """
@@ -116,7 +119,8 @@ def curate(
     for path in Path(context.out, "clips").iterdir():  # of a file whose last clip could not be written
         if f"clips/{path.name}" not in kept:
             path.unlink()
-    summary = write_outputs(context.out, rows, settings=asdict(settings), raw=context.raw)
+    captions = caption(context.out) if caption and kept else {}
+    summary = write_outputs(context.out, rows, settings=asdict(settings), raw=context.raw, captions=captions)
     shutil.rmtree(os.path.join(context.out, WORK))
     return summary | dict(counters=dict(sorted(counters.items())))
 

@@ -97,15 +97,16 @@ def summarise(rows: list[dict]) -> dict:
     return counts
 
 
-def write_outputs(out: str, rows: list[dict], *, settings: dict, raw: str) -> dict:
+def write_outputs(out: str, rows: list[dict], *, settings: dict, raw: str, captions=None) -> dict:
     """Writes metadata.jsonl (kept clips), curation.parquet (all rows) and, last, curation.json.
 
     metadata.jsonl has a line a clip, in the order of files and clips: file, caption, source, start, stop, fps,
-    num_frames and scores; FolderSource reads file and caption. Returns what curation.json holds: version, raw,
-    settings, counts (`summarise`) and columns (what those of the table mean).
+    num_frames and scores; FolderSource reads file and caption. captions: {path: {kind: caption}} of clips that were
+    captioned: their lines have the detailed one as caption, caption_original, and captions. Returns what curation.json
+    holds: version, raw, settings, counts (`summarise`) and columns (what those of the table mean).
     """
     lines = [
-        dict(file=r["path"], caption=r["caption"], source=r["file"],
+        dict(file=r["path"], source=r["file"], **_captions(r["caption"], (captions or {}).get(r["path"])),
              **{k: r[k] for k in ("start", "stop", "fps", "num_frames", "motion", "brightness", "contrast")})
         for r in rows if r["status"] == "kept"
     ]  # fmt: skip
@@ -114,9 +115,19 @@ def write_outputs(out: str, rows: list[dict], *, settings: dict, raw: str) -> di
     part = os.path.join(out, ".curation.parquet.part")
     _table(rows, part)
     os.replace(part, os.path.join(out, "curation.parquet"))
-    summary = dict(version=VERSION, raw=raw, settings=settings, counts=summarise(rows), columns=COLUMNS)
+    counts = summarise(rows)
+    if captions:
+        counts["clips"]["captioned"] = len(captions)
+    summary = dict(version=VERSION, raw=raw, settings=settings, counts=counts, columns=COLUMNS)
     _replace(Path(out, "curation.json"), json.dumps(summary, indent=1, ensure_ascii=False).encode())
     return summary
+
+
+def _captions(own: str, written: dict[str, str] | None) -> dict:
+    if not written:
+        return dict(caption=own)
+    caption = written.get("detailed") or next(iter(written.values()))
+    return dict(caption=caption, caption_original=own, captions=written)
 
 
 def _table(rows: list[dict], path: str):

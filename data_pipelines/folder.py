@@ -19,7 +19,7 @@ from data_pipelines.decode import TIME_LIMIT, DecodeError, decode
 from data_pipelines.fit import CHANGES, Fit, Unfit, fit_sample
 from data_pipelines.index import Index, build_index
 from data_pipelines.inspection import Limits
-from data_pipelines.listing import Inside
+from data_pipelines.listing import Inside, list_kinds
 from data_pipelines.sources import Sample, SampleSpec
 from sorax.errors import UserError
 
@@ -51,6 +51,7 @@ class FolderSource:
     Which files there are and what they hold is known from an index (see `data_pipelines.index`); what cannot be used,
     or not brought within the limits, is listed in `rejected` and logged once. An image is a video of one frame.
     `changes` counts what is done to the samples: {"rescaled": n, "retimed": n, "trimmed": n, "cropped to grid": n}.
+    Where metadata.jsonl has captions of several kinds, `caption_kinds` are their names and `captions` gives them.
 
     Arguments:
       path: the folder.
@@ -89,6 +90,7 @@ class FolderSource:
             if index.settings["source"]["kind"] != "folder":
                 raise UserError(f"data.index is one of {index.settings['source']['path']}, not of a folder of files")
         self._read(index)
+        self._read_kinds()
         if len(self._rejected):
             summary = self._summary(len(index))
             if not len(self):
@@ -124,6 +126,18 @@ class FolderSource:
             reasons = [reason or places[key] for key, reason in zip(*left_out.to_pydict().values())]
             left_out = pa.table({"key": left_out["key"], "reason": pa.array(reasons, pa.large_string())})
         self._rejected = left_out
+
+    def _read_kinds(self):
+        found = list_kinds(self.path)
+        self.caption_kinds = tuple(sorted({kind for kinds in found.values() for kind in kinds}))
+        keys = self._keys.to_pylist() if found else []
+        self._kinds = {kind: pa.array([found.get(key, {}).get(kind) for key in keys], pa.large_string())
+                       for kind in self.caption_kinds}  # fmt: skip
+
+    def captions(self, index: int) -> dict[str, str]:
+        """Captions of all kinds of a sample, by kind; one that it lacks is its own caption."""
+        own = self._captions[index].as_py()
+        return {kind: column[index].as_py() or own for kind, column in self._kinds.items()}
 
     @property
     def rejected(self) -> list[Rejected]:

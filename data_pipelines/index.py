@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 
 from data_pipelines.decode import IMAGE_SUFFIXES, VideoInfo
 from data_pipelines.inspection import Limits, MeasureFile, MeasureSample, reason_kind
-from data_pipelines.listing import Listing, check_caption, list_folder
+from data_pipelines.listing import Inside, Listing, check_caption, list_folder
 from data_pipelines.workers import Failure, default_processes, run_bounded
 from sorax.errors import UserError
 
@@ -119,15 +119,21 @@ class _Columns(Mapping):
 
 
 class FolderRecords:
-    """The files of a folder, as what `build_index` measures."""
+    """The files of a folder, as what `build_index` measures. allow_uncaptioned: files without a caption are usable."""
 
-    def __init__(self, folder: str | os.PathLike, limits: Limits):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | os.PathLike, limits: Limits, allow_uncaptioned: bool = False):
+        self.folder, self.allow_uncaptioned = Path(folder), allow_uncaptioned
         self.limits = limits
         self.description = dict(kind="folder", path=str(self.folder.resolve()))
 
     def listing(self) -> Listing:
-        return list_folder(self.folder)
+        listing = list_folder(self.folder)
+        if not self.allow_uncaptioned:
+            return listing
+        inside, captionless = Inside(self.folder), ("no caption", "bad caption")  # which may hide that a name leads out
+        reasons = [inside.reason(key) if reason.startswith(captionless) else reason
+                   for key, reason in zip(listing.keys, listing.reasons)]  # fmt: skip
+        return listing._replace(reasons=reasons)
 
     def measurer(self) -> Callable:
         return MeasureFile(self.folder, self.limits)

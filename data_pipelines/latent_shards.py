@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipelines import latent_records as records
-from data_pipelines.latent_writer import file_sha256, read_json, splits, text_width
+from data_pipelines.latent_writer import caption_kinds, file_sha256, read_json, splits, text_width
 from data_pipelines.text_tokens import Tokenizer
 from sorax.errors import UserError
 
@@ -35,6 +35,7 @@ class LatentShards:
       shapes: int32 [n, 3], (t, h, w) of the latents. text_lengths: int32 [n].
       weights: float64 [n], or None if they are all 1.
       text_width: D of the embeddings that are read, or 0.
+      caption_kinds: of the captions that samples have beside their own; kind_lengths: kind -> int32 [n], their tokens.
       identity: of the samples, the VAE and the tokenizer. metadata: dict, as written.
 
     Nothing is read of the records themselves until a sample is asked for.
@@ -56,6 +57,9 @@ class LatentShards:
         column = self._columns("t", "h", "w", "text_length", "weight")
         self.shapes = np.stack([column["t"], column["h"], column["w"]], axis=1)
         self.text_lengths = column["text_length"]
+        self.caption_kinds = caption_kinds(self.metadata)
+        found = self._columns(*(records.KIND_LENGTH + kind for kind in self.caption_kinds))
+        self.kind_lengths = {kind: found[records.KIND_LENGTH + kind] for kind in self.caption_kinds}
         self.weights = column["weight"] if (column["weight"] != 1).any() else None
         whole = len(self) == manifest["count"]
         self.identity = manifest["identity"] if whole else f"{manifest['identity']}-{len(self)}"
@@ -63,7 +67,8 @@ class LatentShards:
         self._std = np.asarray(self.metadata["vae"]["latents_std"], np.float32)
         self.text_width = text_width(self.metadata) if text_embeds else 0
         size = int(self.shapes.astype(np.int64).prod(1).sum()) * len(self._mean) * 2 * 4  # means and deviations
-        size += 2 * self.text_width * int(self.text_lengths.sum(dtype=np.int64))
+        size += 2 * self.text_width * sum(int(n.sum(dtype=np.int64)) for n in
+                                          (self.text_lengths, *self.kind_lengths.values()))  # fmt: skip
         self._held = {} if size <= held_bytes else None
         self._readers, self._lock = OrderedDict(), threading.Lock()
 
@@ -91,7 +96,7 @@ class LatentShards:
 
     def __getitem__(self, i):
         """dict(latents float32 [t, h, w, C]: normalised means of the posterior, text_tokens int32 [L], and text_embeds
-        uint16 [L, D], the bits of bfloat16, if they are read)."""
+        uint16 [L, D], the bits of bfloat16, if they are read; likewise text_tokens_KIND and text_embeds_KIND)."""
         mean, _, text = self._moments(i, deviation=False)
         return dict(latents=mean, **text)
 
@@ -109,7 +114,8 @@ class LatentShards:
             sample = self.record(i)
             mean = (records.floats(sample["mean"]) - self._mean) / self._std
             spread = np.exp(np.float32(0.5) * records.floats(sample["logvar"])) / self._std if deviation else None
-            names = ("text_tokens", "text_embeds") if self.text_width else ("text_tokens",)
+            starts = ("text_tokens", "text_embeds") if self.text_width else ("text_tokens",)
+            names = [start + end for start in starts for end in ("", *(f"_{kind}" for kind in self.caption_kinds))]
             held = mean, spread, {name: sample[name] for name in names}
             if self._held is not None:
                 self._held[i] = held
@@ -220,7 +226,8 @@ def verify(path, progress=lambda done: None):
         if sum(lengths) != manifest["count"]:
             problems.append(f"{split}.json lists {sum(lengths)} samples, but should have {manifest['count']}")
         try:
-            columns = dict(_read_columns(folder, manifest, [name for name, _ in records.COLUMNS]))
+            kept = records.columns(caption_kinds(manifest["metadata"]))
+            columns = dict(_read_columns(folder, manifest, [name for name, _ in kept]))
         except UserError as error:
             problems.append(str(error))
             columns = None
@@ -331,9 +338,10 @@ def _verify_record(reader, i, columns):
     if records.latents_sha256(sample["mean"], sample["logvar"]) != sample["sha256"]:
         yield f"{name} its latents have another SHA-256 than the record says"
     if columns:
-        promised = {c: columns[c][i] for c, _ in records.COLUMNS}
+        promised = {c: column[i] for c, column in columns.items()}
+        kinds = [c.removeprefix(records.KIND_LENGTH) for c in columns if c.startswith(records.KIND_LENGTH)]
         if records.checksum(record) != int(promised["checksum"]):
             yield f"{name} is not the record that was written"
-        for (column, _), value in zip(records.COLUMNS, records.columns_of(sample, record)):
+        for (column, _), value in zip(records.columns(kinds), records.columns_of(sample, record, kinds=kinds)):
             if column not in ("weight", "checksum") and value != promised[column]:
                 yield f"{name} has {column} {value}, not {promised[column]}"

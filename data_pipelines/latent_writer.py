@@ -105,7 +105,8 @@ class LatentWriter:
         import pyarrow.parquet
         from array_record.python import array_record_module
 
-        path, encode = self._path(shard), records.RecordEncoder(self.channels, text_width(self.metadata))
+        kinds, path = caption_kinds(self.metadata), self._path(shard)
+        encode = records.RecordEncoder(self.channels, text_width(self.metadata), kinds)
         partial = path.with_name(path.name + ".partial")
         partial.unlink(missing_ok=True)
         # One record a group: each is compressed and read alone.
@@ -114,14 +115,14 @@ class LatentWriter:
             weight = sample.pop("weight", 1.0)
             record = encode(sample)
             writer.write(record)
-            columns.append(records.columns_of(sample, record, weight))
+            columns.append(records.columns_of(sample, record, weight, kinds))
         writer.close()
         expected = int(self.bounds[shard + 1] - self.bounds[shard])
         if len(columns) != expected:
             raise ValueError(f"shard {shard} takes {expected} samples, got {len(columns)}")
         entry = dict(file=path.name, count=expected, bytes=partial.stat().st_size, sha256=file_sha256(partial))
         os.replace(partial, path)
-        pyarrow.parquet.write_table(_table(columns), self._part(shard, "parquet"))
+        pyarrow.parquet.write_table(_table(columns, kinds), self._part(shard, "parquet"))
         _write(self._part(shard, "json"), json.dumps(entry))  # the last: with it the shard is finished
 
     def finish(self):
@@ -136,7 +137,7 @@ class LatentWriter:
         shards = [self._entry(k, finished) for k in range(self.num_shards)]
         partial = merged.with_name(merged.name + ".partial")
         old = finished and pyarrow.parquet.read_table(merged)
-        with pyarrow.parquet.ParquetWriter(partial, _table([]).schema) as writer:
+        with pyarrow.parquet.ParquetWriter(partial, _table([], caption_kinds(self.metadata)).schema) as writer:
             for k in range(self.num_shards):
                 if self._part(k, "parquet").exists():
                     writer.write_table(pyarrow.parquet.read_table(self._part(k, "parquet")))
@@ -211,6 +212,11 @@ def text_width(metadata):
     return metadata.get("text", {}).get("width", 0)
 
 
+def caption_kinds(metadata):
+    """Kinds of captions that the samples of a data set of latents of such metadata have beside their own."""
+    return tuple(metadata.get("caption_kinds", ()))
+
+
 def splits(folder):
     """Names of the finished splits in a folder, sorted."""
     found = (path.with_suffix("") for path in Path(folder).glob("*.parquet"))
@@ -258,7 +264,7 @@ def write_dataset_info(folder, channels):
     info = dataset_info.DatasetInfo(
         builder=identity,
         description="Latents of videos: the posterior of a VAE, with captions and their tokens.",
-        features=records.features(channels, text_width(shared)),
+        features=records.features(channels, text_width(shared), caption_kinds(shared)),
         metadata=dataset_info.MetadataDict({**shared, "splits": sources}),
         disable_shuffling=True,
         split_dict=tfds_splits.SplitDict(infos),
@@ -267,12 +273,13 @@ def write_dataset_info(folder, channels):
     info.write_to_directory(folder)
 
 
-def _table(columns):
+def _table(columns, kinds=()):
     import pyarrow
 
-    columns = list(zip(*columns)) or [()] * len(records.COLUMNS)
-    fields = [pyarrow.field(name, getattr(pyarrow, dtype)()) for name, dtype in records.COLUMNS]
-    arrays = [pyarrow.array(np.array(c, dtype)) for c, (_, dtype) in zip(columns, records.COLUMNS)]
+    kept = records.columns(kinds)
+    columns = list(zip(*columns)) or [()] * len(kept)
+    fields = [pyarrow.field(name, getattr(pyarrow, dtype)()) for name, dtype in kept]
+    arrays = [pyarrow.array(np.array(c, dtype)) for c, (_, dtype) in zip(columns, kept)]
     return pyarrow.table(arrays, schema=pyarrow.schema(fields))
 
 

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data_pipelines.caption_kinds import kinds_in
 from data_pipelines.decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from sorax.errors import UserError
 
@@ -81,6 +82,22 @@ def list_folder(folder: str | os.PathLike) -> Listing:
         reasons.append(reason or unusable)
         texts.append("" if reason else caption)
     return Listing(keys, texts, lengths, reasons, sizes, mtimes)
+
+
+def list_kinds(folder: str | os.PathLike) -> dict[str, dict[str, str]]:
+    """{file: {kind: caption}} of those lines of a folder's metadata.jsonl that have captions of several kinds.
+
+    What cannot be used as a caption is left out. Raises UserError if the list is malformed.
+    """
+    folder = Path(folder)
+    if not (folder / "metadata.jsonl").is_file():
+        return {}
+    captions = _Captions(folder)
+    try:
+        _read_jsonl(folder, captions)
+    except UnicodeDecodeError as e:
+        raise UserError(f"{folder / 'metadata.jsonl'} is not UTF-8 text ({e.reason}): save it as UTF-8") from e
+    return captions.kinds
 
 
 class _NoCaption(NamedTuple):
@@ -222,9 +239,9 @@ class _Captions:
     """Captions by file, each file once."""
 
     def __init__(self, folder: Path):
-        self.root, self.of, self.line_of = str(folder), {}, {}
+        self.root, self.of, self.line_of, self.kinds = str(folder), {}, {}, {}
 
-    def add(self, file: str, caption: str | None, path: Path, number: int):
+    def add(self, file: str, caption: str | None, path: Path, number: int, kinds: dict[str, str] | None = None):
         """Raises UserError if the file was listed before."""
         file = os.path.normpath(file).replace(os.sep, "/")
         if file.startswith(self.root + "/"):  # an absolute name of a file of this folder
@@ -233,6 +250,9 @@ class _Captions:
             before = self.line_of[file]
             raise UserError(f"{path} line {number} lists {file} again, after line {before}: keep one of them")
         self.of[file], self.line_of[file] = (caption or "").strip(), number
+        usable = {kind: text for kind, text in (kinds or {}).items() if not check_caption(text)}
+        if usable:
+            self.kinds[file] = usable
 
 
 def _read_jsonl(folder: Path, captions: _Captions):
@@ -251,7 +271,7 @@ def _read_jsonl(folder: Path, captions: _Captions):
             caption = row.get("caption", "")
             if not isinstance(caption, str | None):
                 raise UserError(f'{path} line {number}: "caption" is not text: {wanted}')
-            captions.add(row["file"], caption, path, number)
+            captions.add(row["file"], caption, path, number, kinds_in(row))
 
 
 def _read_csv(folder: Path, captions: _Captions):

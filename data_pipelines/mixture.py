@@ -54,6 +54,7 @@ class MixtureSource(_Concatenation):
     def __init__(self, parts, weights, names):
         super().__init__(parts, weights)
         self.names = [f"{k}:{name}" for k, name in enumerate(names)]
+        self.caption_kinds = tuple(sorted({kind for part in parts for kind in getattr(part, "caption_kinds", ())}))
 
     def spec(self, index):
         part, i = self.locate(index)
@@ -64,6 +65,13 @@ class MixtureSource(_Concatenation):
         part, i = self.locate(index)
         sample = self.parts[part][i]
         return {**sample, "key": f"{self.names[part]}/{sample['key']}"}
+
+    def captions(self, index):
+        """Captions of all kinds of a sample; one that its part lacks is its own caption."""
+        part, i = self.locate(index)
+        source = self.parts[part]
+        own = source.captions(i) if getattr(source, "caption_kinds", ()) else {}
+        return {kind: own.get(kind) or source.spec(i).caption for kind in self.caption_kinds}
 
 
 class MixtureExamples(_Concatenation):
@@ -76,6 +84,12 @@ class MixtureExamples(_Concatenation):
         )
         self.identity = "-".join(part.identity for part in parts)
         self.text_width = getattr(parts[0], "text_width", 0)
+        lengths = [getattr(part, "kind_lengths", {}) for part in parts]
+        kinds = sorted(set().union(*lengths))
+        self.kind_lengths = {
+            kind: np.concatenate([own.get(kind, part.text_lengths) for own, part in zip(lengths, parts)])
+            for kind in kinds
+        }
 
     @property
     def empty_caption(self):

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from data_pipelines import reading
+from data_pipelines.caption_kinds import CAPTION, check_mix, draw_kind
 from data_pipelines.packing import PackPlan
 from data_pipelines.text_tokens import PAD_ID
 from sorax.errors import UserError
@@ -33,6 +34,8 @@ class Examples(Protocol):
 
     shapes: int32 [n, 3], (t, h, w) of each. text_lengths: int32 [n], the tokens of each caption.
     weights, which it may lack: float64 [n] or None, how often each comes in an epoch on average.
+    kind_lengths, which it may lack: kind -> int32 [n], the tokens of captions of further kinds, which its examples have
+    as text_tokens_KIND (see `data_pipelines.caption_kinds`).
     sample(i, key), where there is a distribution of latents: as [i], but a draw, a pure function of i and key.
     text_width, which it may lack: D of the text_embeds uint16 [L, D] that its examples have, or 0.
     """
@@ -65,19 +68,27 @@ class PixelExamples:
     def __init__(self, source, encode_text):
         self.source, self.encode_text = source, encode_text
         self.shapes, self.text_lengths = np.empty((len(source), 3), np.int32), np.empty(len(source), np.int32)
+        kinds = getattr(source, "caption_kinds", ())
+        self.kind_lengths = {kind: np.empty(len(source), np.int32) for kind in kinds}
         for index in range(len(source)):
             spec = source.spec(index)
             self.shapes[index] = spec.num_frames, spec.height, spec.width
             self.text_lengths[index] = len(encode_text(spec.caption))
+            for kind, caption in source.captions(index).items() if kinds else ():
+                self.kind_lengths[kind][index] = len(encode_text(caption))
         self.weights = getattr(source, "weights", None)
 
     def __len__(self):
         return len(self.source)
 
     def __getitem__(self, index):
-        """dict(latents uint8 [T, H, W, 3], text_tokens int32 [L])."""
+        """dict(latents uint8 [T, H, W, 3], text_tokens int32 [L]), and text_tokens_KIND of its further captions."""
         sample = self.source[index]
-        return dict(latents=sample["video"], text_tokens=np.asarray(self.encode_text(sample["caption"]), np.int32))
+        captions = self.source.captions(index) if self.kind_lengths else {}
+        texts = {"text_tokens": sample["caption"]} | {f"text_tokens_{kind}": text for kind, text in captions.items()}
+        return dict(latents=sample["video"]) | {
+            name: np.asarray(self.encode_text(text), np.int32) for name, text in texts.items()
+        }
 
     def key(self, index):
         """The source's name of a sample."""
@@ -95,6 +106,10 @@ class RowSource:
         property of the run, not of the machines that read it.
       posterior: "mean" reads examples[i]; "sample" reads examples.sample(i, key), key = (seed, global row index, place
         in the row): each time a sample is met it is another draw, and every row is the same whoever reads it.
+      mix: kind -> share of its captions (`caption_kinds.parse_mix`); one is drawn by (seed, global row index, place in
+        the row), and room is kept for the longest. Empty: each example's own.
+      kinds: names of kinds, those of the mix among them; rows then say of which each text slot is, in text_kinds int32
+        [M]: its number among these.
       oversize: what is done with an example larger than a row: "refuse", or "trim" to the most frames that fit.
       patch_size: (t, h, w). order: of the values of a patch, "in" or "out", see `sorax.patchify`; pixels are cut
         several times faster in "out". The others as in `data_pipelines.packing.PackSettings`.
@@ -121,6 +136,8 @@ class RowSource:
         ranks=1,
         posterior="mean",
         oversize="refuse",
+        mix=None,
+        kinds=(),
         **settings,
     ):
         if batch_size % ranks:
@@ -136,6 +153,9 @@ class RowSource:
         self.examples, self.patch_size, self.order, self.posterior = examples, tuple(patch_size), order, posterior
         self.row_tokens, self.row_text, self.batch_size = row_tokens, row_text, batch_size
         self.text_width = getattr(examples, "text_width", 0)
+        self.mix, self.kinds = dict(mix or {}), tuple(kinds)
+        self._kind_lengths = dict(getattr(examples, "kind_lengths", {}))
+        check_mix(self.mix, self._kind_lengths)
         video, text = self._lengths(oversize)
         self.plans = PackPlan(
             video,
@@ -154,6 +174,7 @@ class RowSource:
     def identity(self):
         """Hash of the data's lengths and of every setting: a checkpoint that has another is of other batches."""
         settings = self.plans.identity, self.patch_size, self.order, self.posterior
+        settings += (sorted(self.mix.items()),) if self.mix else ()
         return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
 
     def plan(self, epoch):
@@ -192,15 +213,16 @@ class RowSource:
             return dict(tokens=tokens, **self._fill(tokens, itertools.chain([first], read)))
 
     def _fill(self, tokens, samples):
-        """Puts samples (row, place, latents, text, embeddings) into tokens [B, N, P]; returns the other fields."""
+        """Puts samples (row, place, latents, kind, text, embeddings) into tokens [B, N, P]; returns other fields."""
         count, tokens = len(tokens), tokens.view(np.ndarray)
         where = np.zeros((count, self.row_tokens, 3), np.int32)
         segment_ids = np.zeros((count, self.row_tokens), np.int32)
         text_tokens = np.full((count, self.row_text), PAD_ID, np.int32)
         text_segment_ids = np.zeros((count, self.row_text), np.int32)
         text_embeds = np.zeros((count, self.row_text, self.text_width), np.uint16)
+        text_kinds = np.zeros((count, self.row_text), np.int32)
         ends = np.zeros(count, int)
-        for row, place, latents, text, embeds in samples:
+        for row, place, latents, kind, text, embeds in samples:
             at, text_at = (0, 0) if place == 0 else (end, text_end)
             patches = patch_view(latents, self.patch_size, self.order)  # [t, h, w, C, pt, ph, pw]
             end = at + math.prod(patches.shape[:3])
@@ -212,13 +234,16 @@ class RowSource:
             text_segment_ids[row, text_at:text_end] = place + 1
             if self.text_width:
                 text_embeds[row, text_at : text_end - 1] = embeds
+            if self.kinds:
+                text_kinds[row, text_at:text_end] = self.kinds.index(kind)
             ends[row] = end
         for row, end in enumerate(ends):
             tokens[row, end:] = 0
         fields = dict(
             positions=where, segment_ids=segment_ids, text_tokens=text_tokens, text_segment_ids=text_segment_ids
         )
-        return fields | (dict(text_embeds=text_embeds) if self.text_width else {})
+        fields |= dict(text_embeds=text_embeds) if self.text_width else {}
+        return fields | (dict(text_kinds=text_kinds) if self.kinds else {})
 
     def _lengths(self, oversize):
         """Video and text tokens of each example, int32 [n] both; names those that are cut."""
@@ -243,14 +268,20 @@ class RowSource:
             more = f" and {len(self.trimmed) - 3} more" if len(self.trimmed) > 3 else ""
             _log.warning("%d of %d samples are longer than a row of %d tokens and are cut to the frames that fit: %s%s",
                          len(self.trimmed), count, self.row_tokens, named, more)  # fmt: skip
-        return video, np.asarray(self.examples.text_lengths, np.int32) + 1
+        lengths = [self._text_lengths(kind) for kind in self.mix or (CAPTION,)]
+        return video, np.max(lengths, axis=0).astype(np.int32) + 1
+
+    def _text_lengths(self, kind):
+        return self.examples.text_lengths if kind == CAPTION else self._kind_lengths[kind]
 
     def _read(self, sample, index, place):
-        """(latents [t, h, w, C] cut to the length that was planned, text tokens [L], embeddings [L, D] or None)."""
+        """(latents [t, h, w, C] cut to the length that was planned, kind of caption, its tokens [L], its embeddings
+        [L, D] or None)."""
+        seed = self.plans.settings.seed
         try:
             with reading.note(sample):
                 if self.posterior == "sample":
-                    example = self.examples.sample(sample, (self.plans.settings.seed, index, place))
+                    example = self.examples.sample(sample, (seed, index, place))
                 else:
                     example = self.examples[sample]
         except UserError:
@@ -258,8 +289,11 @@ class RowSource:
         except Exception as error:  # not all survive the way back from a worker, and none names the sample
             what = f"{type(error).__name__}: {error}"
             raise RuntimeError(f"{self.name(sample)} could not be read: {what}") from error
-        latents, text = np.asarray(example["latents"]), np.asarray(example["text_tokens"])
-        promised = tuple(self.examples.shapes[sample].tolist()), int(self.examples.text_lengths[sample])
+        kind = draw_kind(self.mix, seed, index, place) if self.mix else CAPTION
+        # Of a mixture, a part without the kind has its own captions alone.
+        end = "" if kind == CAPTION or f"text_tokens_{kind}" not in example else f"_{kind}"
+        latents, text = np.asarray(example["latents"]), np.asarray(example["text_tokens" + end])
+        promised = tuple(self.examples.shapes[sample].tolist()), int(self._text_lengths(kind)[sample])
         found = tuple(latents.shape[:3]), len(text)
         if found != promised:
             raise UserError(
@@ -269,7 +303,7 @@ class RowSource:
         pt, ph, pw = self.patch_size
         _, h, w = latents.shape[:3]
         frames = int(self.plans.video[sample]) // ((h // ph) * (w // pw)) * pt
-        return latents[:frames], text, example["text_embeds"] if self.text_width else None
+        return latents[:frames], kind, text, example["text_embeds" + end] if self.text_width else None
 
 
 def _copy(patches, tokens):

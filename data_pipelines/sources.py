@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
+from data_pipelines.caption_kinds import CAPTION, is_captioned, open_captioned, parse_mix
 from sorax.errors import UserError
 
 GENERATED = ("world", "phyworld")  # paths of what is drawn, not read
@@ -35,7 +36,11 @@ class SampleSpec:
 
 
 class Source(Protocol):
-    """A picklable sequence of captioned videos whose shapes are known before they are decoded."""
+    """A picklable sequence of captioned videos whose shapes are known before they are decoded.
+
+    Where its samples have captions of several kinds, it has caption_kinds, their names, and captions(index), dict of
+    kind -> caption, all kinds for every sample; see `data_pipelines.caption_kinds`.
+    """
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -55,8 +60,9 @@ def open_source(data: Mapping[str, Any], **overrides: Any) -> Source:
 
     `path` "" or "world" is the generated world, made from the section `world` (fields of WorldConfig), and "phyworld"
     the scenes of PhyWorld, from the section `phyworld` (fields of PhyWorldConfig);
-    "tfds:NAME[/CONFIG][:VERSION]" is a TFDS data set, with `split`, `data_dir`, `video_key` and `caption_key`; anything
-    else is a folder. Samples of both are brought within those fields of `data_pipelines.fit.Fit` that the section has,
+    "tfds:NAME[/CONFIG][:VERSION]" is a TFDS data set, with `split`, `data_dir`, `video_key` and `caption_key`;
+    "captions:FOLDER" is what `sorax caption` has written captions for, with these; anything else is a folder. Samples
+    of files are brought within those fields of `data_pipelines.fit.Fit` that the section has,
     by way of the index `index` if the section names one. With a `mixture`, `path` is not used: it is a list of
     sections, each with a `weight` and its own path, which have what they do not set from this one.
     Overrides replace entries of the section that is used (of `world`, `phyworld` or `data`); those that mean nothing to
@@ -67,6 +73,8 @@ def open_source(data: Mapping[str, Any], **overrides: Any) -> Source:
     if data.get("mixture"):
         return _open_mixture(data, overrides)
     path = data.get("path") or "world"
+    if is_captioned(path):
+        return open_captioned(data, overrides)
     if path.startswith("shards:"):
         raise UserError(f"{path} is latents, which a DiT trains on; here videos are needed: name their folder")
     return _open_world(path, data, overrides) if path in GENERATED else _open_files(path, data, overrides)
@@ -94,6 +102,9 @@ def _open_world(path, data, overrides) -> Source:
             near = difflib.get_close_matches(name, known, 1, 0)
             raise UserError(f"unknown key data.{path}.{name}: did you mean data.{path}.{near[0]}?")
     settings |= {name: _tuples(value) for name, value in overrides.items() if name in known}
+    kinds = [kind for kind in parse_mix(data.get("caption_mix")) if kind != CAPTION]
+    if kinds and "kinds" not in settings and path == "world":
+        settings["kinds"] = tuple(kinds)
     return world(config(**settings))
 
 
@@ -123,7 +134,7 @@ def _open_mixture(data, overrides) -> Source:
     cache, parts = overrides.get("index_cache"), []
     for k, section in enumerate(sections):
         own = dict(overrides, index_cache=cache and os.path.join(cache, f"part_{k}"))
-        parts.append(open_source(section, **own))
+        parts.append(open_source(dict(section, caption_mix=data.get("caption_mix", "")), **own))
     return MixtureSource(parts, weights, [section["path"] for section in sections])
 
 

@@ -13,6 +13,7 @@ coverage at whatever size, frame rate and length is asked for (world_render).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 from typing import Any
 
@@ -52,6 +53,7 @@ class WorldConfig:
     motions: a motion that is named twice is drawn twice as often.
     horizon: the seconds for which objects are placed to stay in the frame; None: as long as the item's own clip (an
       image: one second). With a number, an item of another length is the same video, cut or continued.
+    kinds: of captions (short, detailed) that an item has beside its own, for training to draw from.
     """
 
     split: str = "train"
@@ -65,6 +67,7 @@ class WorldConfig:
     captions: str = "short"
     backgrounds: tuple[str, ...] = BACKGROUNDS
     horizon: float | None = None
+    kinds: tuple[str, ...] = ()
 
     def __post_init__(self):
         def fix(name, convert):
@@ -77,6 +80,7 @@ class WorldConfig:
         fix("num_objects", lambda value: tuple(operator.index(n) for n in value))
         fix("motions", tuple)
         fix("backgrounds", tuple)
+        fix("kinds", tuple)
         fix("seed", operator.index)
         fix("num_samples", operator.index)
         fix("fps", float)
@@ -84,6 +88,8 @@ class WorldConfig:
         fix("horizon", lambda value: None if value is None else float(value))
         check_choice("split", (self.split,), SPLITS)
         check_choice("captions", (self.captions,), CAPTIONS)
+        if self.kinds:
+            check_choice("kinds", self.kinds, CAPTIONS[:2])
         check_choice("motions", self.motions, MOTIONS)
         check_choice("backgrounds", self.backgrounds, BACKGROUNDS)
         check_setting(0 <= self.seed < 2**63, "seed", self.seed, "use a whole number from 0 to 2**63 - 1")
@@ -118,6 +124,19 @@ def check_choice(name: str, values, options, section: str = "world"):
         check_setting(value in options, name, value, f"choose of {', '.join(options)}", section)
 
 
+@functools.lru_cache(maxsize=64)  # spec, captions and video of an item are asked for one after the other
+def _scene(config: WorldConfig, index: int, shape: tuple[int, int, int]) -> Scene:
+    num_frames, height, width = shape
+    horizon = config.horizon
+    if horizon is None:
+        horizon = (num_frames - 1) / config.fps if num_frames > 1 else 1.0
+    unit = config.extent / min(height, width)
+    return sample_scene(
+        config.split, config.seed, index, (width * unit, height * unit), horizon,
+        config.num_objects, config.motions, config.backgrounds,
+    )  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class ObjectTruth:
     """An object in words. direction is None unless it moves along a line; in an image it is "still"."""
@@ -138,6 +157,7 @@ class Truth:
     Lengths are fractions of the frame's shorter side; x right, y down, pixel (row r, column c) covers c..c+1, r..r+1.
     radius is that of the circle of equal area; visible is the share of an object's area that is in the frame and not
     covered by an object in front or by the bar. contacts: (seconds, wall | floor | object, i, j), j = -1 if no object.
+    unit: the length of a world unit. bar: (axis, low, high) of the grey bar, axis 0 = x; None if there is none.
     """
 
     objects: tuple[ObjectTruth, ...]
@@ -147,6 +167,8 @@ class Truth:
     radius: np.ndarray  # [K, T]
     visible: np.ndarray  # [K, T]
     contacts: list[tuple[float, str, int, int]]
+    unit: float
+    bar: tuple[int, float, float] | None = None
 
     @property
     def num_objects(self) -> int:
@@ -181,25 +203,27 @@ class World:
 
     def scene(self, index: int) -> Scene:
         """What happens in an item, in world units and continuous time."""
-        config, index = self.config, self._index(index)
-        num_frames, height, width = self.frame_shape(index)
-        horizon = config.horizon
-        if horizon is None:
-            horizon = (num_frames - 1) / config.fps if num_frames > 1 else 1.0
-        unit = config.extent / min(height, width)
-        return sample_scene(
-            config.split, config.seed, index, (width * unit, height * unit), horizon,
-            config.num_objects, config.motions, config.backgrounds,
-        )  # fmt: skip
+        index = self._index(index)
+        return _scene(self.config, index, self.frame_shape(index))
 
-    def caption(self, index: int, scene: Scene | None = None) -> str:
-        """The item's caption, in the style of the configuration."""
+    def caption(self, index: int, scene: Scene | None = None, style: str = "") -> str:
+        """The item's caption, short or detailed; "": in the style of the configuration."""
         scene = scene or self.scene(index)
-        style = self.config.captions
+        style = style or self.config.captions
         if style == "mixed":
             style = self._draws(self._index(index), 3).choice(CAPTIONS[:2])
         duration = (self.frame_shape(index)[0] - 1) / self.config.fps
         return (short_caption if style == "short" else detailed_caption)(scene, duration)
+
+    @property
+    def caption_kinds(self) -> tuple[str, ...]:
+        """Kinds of captions that `captions` gives."""
+        return self.config.kinds
+
+    def captions(self, index: int, scene: Scene | None = None) -> dict[str, str]:
+        """The captions that an item has beside its own, by their kind."""
+        scene = scene or self.scene(index)
+        return {kind: self.caption(index, scene, kind) for kind in self.config.kinds}
 
     def spec(self, index: int, scene: Scene | None = None) -> SampleSpec:
         """Shape, frame rate, caption and key of an item, without rendering it."""
@@ -250,4 +274,11 @@ class World:
             radius=radius * unit,
             visible=visible_fractions(scene, position, radius, frame),
             contacts=scene.contacts(times[-1]),
+            unit=unit,
+            bar=_bar_in_frame(scene, unit, np.array([left, top]) / min(height, width)),
         )
+
+
+def _bar_in_frame(scene: Scene, unit: float, corner: np.ndarray):
+    bar = scene.bar
+    return bar and (bar.axis, *(float(edge * unit + corner[bar.axis]) for edge in (bar.low, bar.high)))

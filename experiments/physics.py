@@ -24,7 +24,7 @@ def get_vae():
     )  # fmt: skip
     config.loss = dict(l1=0.0, l2=1.0, kl=1e-5)
     config.data = dict(
-        path="phyworld", phyworld=get_phyworld(), batch=6, crop=(9, 0, 0),
+        path="phyworld", phyworld=get_phyworld(), batch=6, crop=(9, 64, 64),
         stages=(dict(steps=400, batch=32, crop=(1, 0, 0)),),
     )  # fmt: skip
     config.optim = dict(optimizer="muon", lr=2e-2, warmup_steps=20, final_lr=0.02, b2=0.99, ema_decay=0.99)
@@ -50,7 +50,8 @@ def get_config():
         given=(0.0, 0.0, 0.0, 0.0, 1.0), first_k=(2, 2),
     )  # fmt: skip
     config.data = dict(
-        path="phyworld", phyworld=get_phyworld(), batch=32, row_tokens=68, row_text=48, max_segments=1, val_samples=64,
+        path="phyworld", phyworld=get_phyworld(), tokenizer="bpe", batch=32, row_tokens=68, row_text=48,
+        max_segments=1, val_samples=64,
     )  # fmt: skip
     config.optim = dict(
         optimizer="muon", lr=3e-2, vector_lr=3e-2, warmup_steps=20, final_lr=0.02, b2=0.99, ema_decay=0.995

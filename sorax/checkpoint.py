@@ -1,5 +1,6 @@
 """Checkpoints of a run: Orbax, asynchronous; each tree of the training state is an item that can be read alone."""
 
+import contextlib
 import os
 import shutil
 
@@ -96,6 +97,17 @@ class Checkpoints:
     def wait(self):
         """Returns when everything is on disk."""
         self._guard(self._manager.wait_until_finished)
+
+    @contextlib.contextmanager
+    def finishing(self):
+        """Where the body is interrupted or fails, a checkpoint that is being written is finished first. Not so in one
+        of several processes: the others may be gone."""
+        try:
+            yield
+        except BaseException:
+            if jax.process_count() == 1:
+                self.wait()
+            raise
 
     def close(self):
         self._guard(self._manager.close)

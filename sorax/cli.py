@@ -8,7 +8,7 @@ import sys
 import threading
 import traceback
 
-from sorax import backend, cli_data, cli_evaluate, cli_plan, cli_sample
+from sorax import backend, cli_caption, cli_data, cli_evaluate, cli_plan, cli_sample
 from sorax.errors import UserError
 
 
@@ -128,6 +128,7 @@ def _parse(argv):
     cli_sample.add_verb(verbs)
     cli_data.add_verbs(verbs)
     cli_evaluate.add_verb(verbs, _several)
+    cli_caption.add_verbs(verbs)
     cli_plan.add_verb(verbs)
 
     arguments, rest = parser.parse_known_args(argv)

@@ -5,6 +5,7 @@ import dataclasses
 import os
 
 from data_pipelines.curate_settings import Settings
+from sorax import cli_caption
 from sorax.errors import UserError
 
 _LEAST_MEMORY = 512  # MiB, of --memory
@@ -55,6 +56,7 @@ def add_verbs(verbs):
     curate.add_argument("--runner", default="fnapi", help="fnapi (embedded, default), flink, spark or dataflow")
     curate.add_argument("--beam.OPTION=VALUE", dest="_", help="option of Beam, such as --beam.flink_master=host:8081")
     curate.set_defaults(prefix="--beam.")
+    cli_caption.add_captioning(curate)
 
 
 def index_verb(arguments, overrides):
@@ -142,6 +144,9 @@ def curate_verb(arguments, beam_options):
     if arguments.processes is not None and arguments.processes < 1:
         raise UserError(f"--processes is {arguments.processes}: it must be at least 1")
     settings = Settings(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Settings)})
+    caption = cli_caption.captioning(arguments, os.path.join(".curate", "caption"))
+    if caption:
+        settings = dataclasses.replace(settings, allow_uncaptioned=True)
     with contextlib.ExitStack() as stack:
         bars = {}
 
@@ -153,7 +158,7 @@ def curate_verb(arguments, beam_options):
 
         summary = curate(
             arguments.path, arguments.out, settings, runner=arguments.runner, processes=arguments.processes,
-            beam_options=tuple(f"--{option}" for option in beam_options), tell=tell,
+            beam_options=tuple(f"--{option}" for option in beam_options), tell=tell, caption=caption,
         )  # fmt: skip
     counts = summary["counts"]
     files, clips, frames = counts["files"], counts["clips"], counts["frames"]

@@ -7,6 +7,7 @@ import shlex
 import sys
 
 from sorax import backend
+from sorax.cli_caption import add_expansion, expand_prompts
 from sorax.errors import UserError
 
 
@@ -25,6 +26,7 @@ def add_verb(verbs):
     verb.add_argument("--fps", type=float, default=0.0, help="frames per second (default: the run's)")
     verb.add_argument("--out", default="sample.mp4", help=".mp4, .gif, .png, .jpg, or FOLDER/ or NAME_%%04d.png for a "
                       "file a frame; several prompts are numbered")  # fmt: skip
+    add_expansion(verb)
     mode = verb.add_argument_group("what there is")
     mode.add_argument("--image", default="", metavar="FILE", help="the first frame")
     mode.add_argument("--keyframe", action="append", default=[], metavar="TIME:FILE", help="an image at a frame "
@@ -82,6 +84,11 @@ def sample_verb(arguments, _):
     if arguments.save_latents and not arguments.save_latents.endswith(".npy"):
         raise UserError(f"--save-latents {arguments.save_latents!r}: arrays are written as .npy files")
     backend.keep_programs()
+    if arguments.expand:
+        if not arguments.prompt:
+            raise UserError("--expand makes each --prompt longer: give one")
+        arguments.prompt = expand_prompts(arguments, arguments.prompt, arguments.expander or arguments.workdir,
+                                          arguments.seed)  # fmt: skip
     run = load_run(arguments.workdir, arguments.weights)
     stride = run.networks.vae_config.temporal_stride
     goes_on = any(run.given[4:5])  # trained to go on from several frames

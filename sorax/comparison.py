@@ -12,6 +12,7 @@ import pathlib
 
 from sorax import significance
 from sorax.errors import UserError
+from sorax.report_clips import verdict_of
 from sorax.report_html import is_share, scored_row, texts_of
 
 ALPHA = 0.05
@@ -142,8 +143,8 @@ def _compare_part(labels, parts):
     cases = {}
     for label, part in zip(labels[1:], parts[1:]):
         pairs, _ = paired_cases(first, part)
-        if pairs:
-            good = [(not a["failed"], not b["failed"]) for a, b in pairs]
+        good = [sides for sides in ((verdict_of(a), verdict_of(b)) for a, b in pairs) if None not in sides]
+        if good:
             cases[label] = dict(both=good.count((True, True)), neither=good.count((False, False)),
                                 only_a=good.count((True, False)), only_b=good.count((False, True)))  # fmt: skip
     return dict(title=first["title"], about=first.get("about", ""), headline=first["headline"], metrics=metrics,
@@ -172,7 +173,9 @@ def _difference(metric, part_a, part_b, cell_a, cell_b):
     if pairs:
         values = [(_value(a, metric), _value(b, metric)) for a, b in pairs]
         kept = [i for i, pair in enumerate(values) if None not in pair]
-        if any((a is None) != (b is None) for a, b in values):
+        if any(set(side) == {None} for side in zip(*values)):
+            why = "no value of each case"
+        elif any((a is None) != (b is None) for a, b in values):
             why = "counted over other cases"
         elif not (_adds_up([values[i][0] for i in kept], cell_a) and _adds_up([values[i][1] for i in kept], cell_b)):
             why = "no value of each case"

@@ -120,6 +120,27 @@ def _remat_policy(name):
     return policies.nothing_saveable
 
 
+def run_layers(step, x, layers, *, remat: str = "none", unroll: bool = False):
+    """x after stacked layers, one after the other: step(x, layer) -> x for each slice of their parameters `[L, ...]`.
+
+    remat, unroll: see `DiT.__call__`.
+    """
+
+    def body(x, layer):
+        return step(checkpoint_name(x, BLOCK_INPUT), layer), None
+
+    if remat != "none":
+        body = jax.checkpoint(body, policy=_remat_policy(remat), prevent_cse=False)
+    if unroll:
+        # Split, not sliced one by one: the gradient is one concatenation, not a sum of padded layers.
+        leaves, treedef = jax.tree.flatten(layers)
+        ones = (1,) * len(leaves[0])
+        for layer in zip(*(jax.lax.split(p, ones) for p in leaves)):
+            x, _ = body(x, jax.tree.unflatten(treedef, [jnp.squeeze(p, 0) for p in layer]))
+        return x
+    return jax.lax.scan(body, x, layers)[0]
+
+
 def linear(n_in, n_out, rngs, std=None):
     init = nnx.initializers.xavier_uniform() if std is None else nnx.initializers.normal(std)
     return Linear(n_in, n_out, kernel_init=init, rngs=rngs)
@@ -252,20 +273,8 @@ class DiT(nnx.Module):
         graphdef, layers = nnx.split(self.blocks)
 
         def run(x, row, layers):
-            def body(x, layer):
-                x = checkpoint_name(x, BLOCK_INPUT)
-                return constrain(nnx.merge(graphdef, layer)(x, row)), None
-
-            if remat != "none":
-                body = jax.checkpoint(body, policy=_remat_policy(remat), prevent_cse=False)
-            if unroll:
-                # Split, not sliced one by one: the gradient is one concatenation, not a sum of padded layers.
-                leaves, treedef = jax.tree.flatten(layers)
-                ones = (1,) * len(leaves[0])
-                for layer in zip(*(jax.lax.split(p, ones) for p in leaves)):
-                    x, _ = body(x, jax.tree.unflatten(treedef, [jnp.squeeze(p, 0) for p in layer]))
-                return x
-            return jax.lax.scan(body, x, layers)[0]
+            step = lambda x, layer: constrain(nnx.merge(graphdef, layer)(x, row))  # noqa: E731
+            return run_layers(step, x, layers, remat=remat, unroll=unroll)
 
         if route is None:
             x = run(x, row, layers)

@@ -2,6 +2,8 @@
 
 import os
 
+from data_pipelines.caption_kinds import PREFIX as CAPTIONS
+from data_pipelines.caption_kinds import behind, check_mix, is_captioned, parse_mix
 from data_pipelines.latent_shards import LatentShards, is_shards, read_manifest, shards_folder
 from data_pipelines.mixture import MixtureExamples, part_sections
 from data_pipelines.sources import GENERATED, open_source
@@ -55,7 +57,8 @@ def prepare_data(config, workdir: str, codec: Codec, vae_identity: str):
                         f"{wanted}")  # fmt: skip
     text = FrozenText(config, workdir) if config.data.get("text_embeds") else None
     examples = _open_shards(config.data, vae_identity, text)
-    val_examples = _validation(config, codec, vae_identity, tokenizer, out, shards_folder(paths[0]), text, replace=True)
+    val_examples = _validation(config, codec, vae_identity, tokenizer, out, shards_folder(paths[0]), text, (),
+                               replace=True)  # fmt: skip
     return tokenizer, examples, val_examples
 
 
@@ -64,13 +67,16 @@ def _encode_splits(config, codec, vae_identity, out, folder, workdir, *, num_sha
     text = FrozenText(config, workdir) if config.data.get("text_embeds") else None
     with processes.first_before_others("encode: data"):  # the index and the tokenizer are made once
         source = open_source(config.data, **grid(codec.config, config.model.patch_size), **_index_options(out))
+        check_mix(parse_mix(config.data.get("caption_mix")), getattr(source, "caption_kinds", ()))
         found = survey(source)
         wanted = start_tokenizer(config, workdir)
         tokenizer = prepare_tokenizer(found.captions, config.text.vocab_size, folder, wanted)
     examples = encode_source(codec, source, tokenizer, out, "train", vae_identity, found=found, replace=replace,
                              num_shards=num_shards, origin=_origin(config.data), text=text,
                              workers=config.data.get("workers", 0))  # fmt: skip
-    return tokenizer, examples, _validation(config, codec, vae_identity, tokenizer, out, out, text, replace=replace)
+    val_examples = _validation(config, codec, vae_identity, tokenizer, out, out, text,
+                               getattr(source, "caption_kinds", ()), replace=replace)  # fmt: skip
+    return tokenizer, examples, val_examples
 
 
 def encode_experiment(config, vae_run: str, out: str, *, num_shards: int = 0, tokenizer: str = "") -> None:
@@ -119,7 +125,13 @@ def held_out_source(data, split: str = "test", **overrides):
         if overrides.get("index_cache"):
             overrides["index_cache"] += "_val"
         data = section
-    return open_source(data, split=split, **overrides)
+    return open_source(_of_world(data), split=split, **overrides)
+
+
+def _of_world(data):
+    """Captions that were written for the world are those of its training split: any other has its own."""
+    section = behind(data)
+    return section if section is not data and (section.get("path") or "world") == "world" else data
 
 
 def prepare_tokenizer(captions, vocab_size: int, folder: str, wanted: str = "") -> Tokenizer:
@@ -153,7 +165,7 @@ def _is_wanted(tokenizer, wanted, vocab_size):
     return wanted == "" or tokenizer.identity == Tokenizer.wanted(wanted, (), vocab_size).identity
 
 
-def _validation(config, codec, vae_identity, tokenizer, out, train_folder, text, *, replace):
+def _validation(config, codec, vae_identity, tokenizer, out, train_folder, text, kinds, *, replace):
     """Latents that validation looks at: of `val_path`, of the training data's own second part, or its first samples."""
     data, most = config.data, config.data.get("val_samples", 64)
     if is_shards(data.get("val_path")):
@@ -162,13 +174,13 @@ def _validation(config, codec, vae_identity, tokenizer, out, train_folder, text,
             raise UserError(f"{data.val_path} was encoded with another tokenizer than the training data: encode it "
                             "again with --tokenizer")  # fmt: skip
         return examples
-    is_drawn = (data.get("path") or "world") in GENERATED and not data.get("mixture")
+    is_drawn = (behind(data).get("path") or "world") in GENERATED and not data.get("mixture")
     if data.get("val_path") or data.get("val_split") or is_drawn:
         limits = grid(codec.config, config.model.patch_size)
         with processes.first_before_others("encode val: data"):
             source = held_out_source(data, num_samples=most, **limits, **_index_options(out))
         return encode_source(codec, First(source, most), tokenizer, out, "val", vae_identity, replace=replace,
-                             origin=_origin(data), title="encode val", text=text)  # fmt: skip
+                             origin=_origin(data), title="encode val", text=text, kinds=kinds)  # fmt: skip
     return open_split(train_folder, ("val", "train"), vae_identity, text, first=most)
 
 
@@ -180,6 +192,13 @@ class First:
 
     def __len__(self):
         return min(self.most, len(self.source))
+
+    @property
+    def caption_kinds(self):
+        return getattr(self.source, "caption_kinds", ())
+
+    def captions(self, i):
+        return self.source.captions(i)
 
     def spec(self, i):
         return self.source.spec(i)
@@ -250,7 +269,9 @@ def _origin(data):
     section = data.to_dict() if hasattr(data, "to_dict") else dict(data)
 
     def absolute(path):
-        return os.path.abspath(path) if path and os.path.isdir(path) else path
+        kind = CAPTIONS if is_captioned(path) else ""
+        folder = str(path or "").removeprefix(kind)
+        return kind + os.path.abspath(folder) if folder and os.path.isdir(folder) else path
 
     section["path"] = absolute(section.get("path"))
     section["mixture"] = [dict(part, path=absolute(part["path"])) for part in section.get("mixture") or ()]

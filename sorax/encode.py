@@ -199,8 +199,8 @@ class Survey:
     """What a source holds, from one look at the specs of all its samples.
 
     identity: hash of all specs and weights, hence of all that can be known without decoding.
-    shapes: int32 [n, 3], (T, H, W). caption_bytes: int32 [n].
-    captions: at most MAX_CAPTIONS of them, evenly spread.
+    shapes: int32 [n, 3], (T, H, W). caption_bytes: int32 [n], of the longest caption of each.
+    captions: of at most MAX_CAPTIONS samples, evenly spread, all kinds.
     """
 
     identity: str
@@ -216,13 +216,18 @@ def survey(source) -> Survey:
         raise UserError("there is no video to encode: the data set is empty")
     shapes, caption_bytes, captions = np.empty((count, 3), np.int32), np.empty(count, np.int32), []
     kept = set(np.linspace(0, count - 1, min(MAX_CAPTIONS, count)).astype(int).tolist())
+    kinds = getattr(source, "caption_kinds", ())
     for i in range(count):
         spec = source.spec(i)
         digest.update(repr(spec).encode())
         shapes[i] = spec.num_frames, spec.height, spec.width
-        caption_bytes[i] = len(spec.caption.encode())
+        texts = [spec.caption]
+        if kinds:
+            texts += source.captions(i).values()
+            digest.update(repr((kinds, texts)).encode())
+        caption_bytes[i] = max(len(text.encode()) for text in texts)
         if i in kept:
-            captions.append(spec.caption)
+            captions.extend(texts)
     if (weights := getattr(source, "weights", None)) is not None:
         digest.update(np.asarray(weights, np.float64).tobytes())
     return Survey(digest.hexdigest()[:16], shapes, caption_bytes, tuple(captions))
@@ -248,6 +253,7 @@ def encode_source(
     workers: int = 0,
     title: str = "encode",
     text=None,
+    kinds=None,
 ) -> LatentShards:
     """The samples of a source as latent shards, a split of the data set in `folder`; written if they are not there.
 
@@ -263,12 +269,15 @@ def encode_source(
         origin: JSON value kept with the split: the `data` section that the source was opened from.
         workers: processes that read the source; 0 for threads.
         text: `text_embeds.FrozenText` that embeds the captions, to be kept too; None to keep their tokens alone.
+        kinds: of captions to be kept beside each sample's own, which stands for one that it lacks; None: those that the
+            source has.
 
     Raises:
         UserError: a sample cannot be read, its caption is too long, the folder holds another data set, or it cannot be
             written.
     """
     found = found or survey(source)
+    kinds = tuple(getattr(source, "caption_kinds", ()) if kinds is None else kinds)
     _check_captions(source, found, tokenizer)
     config, count = codec.config, len(source)
     shapes = _latent_shapes(config, source, found.shapes)
@@ -278,7 +287,9 @@ def encode_source(
     num_shards = num_shards or latent_writer.choose_shards(
         latent_writer.sample_bytes(shapes, config.latent_channels, texts)
     )
+    texts = texts * (1 + len(kinds))
     parts = found.identity, vae_identity, tokenizer.identity, *([text.identity] if text else [])
+    parts += (kinds,) if kinds else ()
     vae = dict(identity=vae_identity, config=dataclasses.asdict(config)) | {
         name: np.asarray(codec.params[name], np.float64).tolist() for name in ("latents_mean", "latents_std")
     }
@@ -286,7 +297,8 @@ def encode_source(
     writer = latent_writer.LatentWriter(
         folder, split, identity=hashlib.sha256(repr(parts).encode()).hexdigest()[:16], count=count,
         num_shards=min(num_shards, count), channels=config.latent_channels, source=origin,
-        metadata=dict(vae=vae, tokenizer=tokenizer.identity) | (dict(text=text.metadata) if text else {}),
+        metadata=dict(vae=vae, tokenizer=tokenizer.identity) | (dict(text=text.metadata) if text else {})
+        | (dict(caption_kinds=kinds) if kinds else {}),
     )  # fmt: skip
     if not writer.is_finished():
         first, embed = jax.process_index() == 0, text.embedder() if text else None
@@ -296,7 +308,7 @@ def encode_source(
             if embed:
                 embed.save_empty(folder)
         processes.wait(f"{title}: prepared")
-        _write_shards(codec, source, tokenizer, embed, writer, found.shapes, workers, title)
+        _write_shards(codec, source, tokenizer, embed, kinds, writer, found.shapes, workers, title)
         processes.wait(f"{title}: written")
         if first:
             writer.finish()
@@ -304,7 +316,7 @@ def encode_source(
     return LatentShards(folder, split, text_embeds=text is not None)
 
 
-def _write_shards(codec, source, tokenizer, embed, writer, shapes, workers, title):
+def _write_shards(codec, source, tokenizer, embed, kinds, writer, shapes, workers, title):
     """Writes this process's shards, one after the other; holds the latents of one at a time."""
     shards = writer.pending(jax.process_index(), jax.process_count())
     weights = getattr(source, "weights", None)
@@ -323,19 +335,31 @@ def _write_shards(codec, source, tokenizer, embed, writer, shapes, workers, titl
         for shard, order in zip(shards, orders):
             records = {}
             for batch in _posteriors(codec, zip(order.tolist(), samples)):
-                tokens = [tokenizer.encode(sample["caption"], sample["key"]) for _, sample, _ in batch]
-                texts = [dict(text_tokens=ids) for ids in tokens]
-                if embed:
-                    texts = [text | dict(text_embeds=embeds) for text, embeds in zip(texts, embed(tokens))]
+                texts = _texts(source, [(i, sample) for i, sample, _ in batch], tokenizer, embed, kinds)
                 for (i, sample, (mean, logvar)), text in zip(batch, texts):
                     T, H, W, _ = sample["video_shape"]
                     records[i] = dict(
-                        key=sample["key"], caption=sample["caption"], mean=mean, logvar=logvar, num_frames=T, height=H,
-                        width=W, fps=sample["fps"], weight=1.0 if weights is None else float(weights[i]), **text,
+                        key=sample["key"], mean=mean, logvar=logvar, num_frames=T, height=H, width=W, fps=sample["fps"],
+                        weight=1.0 if weights is None else float(weights[i]), **text,
                     )  # fmt: skip
                 done += len(batch)
                 progress.advance(done)
             writer.write(shard, (records.pop(i) for i in sorted(records)))
+
+
+def _texts(source, samples, tokenizer, embed, kinds):
+    """What a record has of the captions of some (index, sample)s: caption, tokens and embeddings of each kind."""
+    found, texts = getattr(source, "caption_kinds", ()), [{} for _ in samples]
+    others = [source.captions(i) if found and kinds else {} for i, _ in samples]
+    for kind in ("", *kinds):
+        end = f"_{kind}" if kind else ""
+        captions = [other.get(kind) or sample["caption"] for (_, sample), other in zip(samples, others)]
+        tokens = [tokenizer.encode(text, sample["key"]) for text, (_, sample) in zip(captions, samples)]
+        embeds = embed(tokens) if embed else [None] * len(tokens)
+        for text, caption, ids, vectors in zip(texts, captions, tokens, embeds):
+            text |= {"caption" + end: caption, "text_tokens" + end: ids}
+            text |= {"text_embeds" + end: vectors} if embed else {}
+    return texts
 
 
 def _posteriors(codec, samples):
@@ -385,10 +409,11 @@ def _check_captions(source, found, tokenizer):
     # A token is at least one byte, but cleaning may lengthen a caption: half the bytes are a safe bound.
     for i in np.flatnonzero(found.caption_bytes > MAX_TOKENS // 2).tolist():
         spec = source.spec(i)
-        try:
-            tokenizer.encode(spec.caption, spec.key)
-        except UserError as error:
-            if tokenizer.bytes_a_token > 1:
-                raise
-            raise UserError(f"{error}, or train the text encoder on tokens that are longer than a byte, with "
-                            "config.data.tokenizer=bpe") from error  # fmt: skip
+        for text in (spec.caption, *(source.captions(i).values() if getattr(source, "caption_kinds", ()) else ())):
+            try:
+                tokenizer.encode(text, spec.key)
+            except UserError as error:
+                if tokenizer.bytes_a_token > 1:
+                    raise
+                raise UserError(f"{error}, or train the text encoder on tokens that are longer than a byte, with "
+                                "config.data.tokenizer=bpe") from error  # fmt: skip

@@ -1,6 +1,6 @@
 """Scores of a text-to-video run against exact ground truth: what generated clips show, and how well its VAE copies.
 
-Captions of the embedded world are given to the model and the pixels of what it makes are parsed (`sorax.metrics`),
+Captions of the embedded world are given to the model and the pixels of what it makes are judged (`sorax.judging`),
 without a network. Beside the model stand its ceilings, the true videos and the VAE's copies of them, and its floor, the
 same architecture untrained. A report folder holds
 
@@ -25,11 +25,14 @@ from sorax import config as config_lib
 from sorax import functional, media
 from sorax.dit import DiT
 from sorax.errors import UserError
+from sorax.evaluate_captioner import evaluate_captioner
+from sorax.evaluate_captioner import summary_lines as captioner_lines
 from sorax.evaluate_vae import data_section, evaluate_vae, fidelity
 from sorax.evaluate_vae import summary_lines as vae_lines
 from sorax.generate import Request
 from sorax.held_out import SPLITS, load_splits
-from sorax.metrics import judge, summarise
+from sorax.judging import judge
+from sorax.metrics import summarise
 from sorax.objectives import EvalConfig
 from sorax.runlog import Progress
 from sorax.runs import Run, kind_of, load_run
@@ -37,7 +40,8 @@ from sorax.score_report import header, make_folder, number, write_scores, writin
 from sorax.text import TextEncoder
 
 ROWS = {"ground_truth": "ground truth", "vae": "VAE", "model": "model", "untrained": "untrained model"}
-COLUMNS = {"joint": "joint", "color": "colour", "shape": "shape", "count": "count", "direction": "direction"}
+COLUMNS = {"joint": "joint", "color": "colour", "shape": "shape", "count": "count", "direction": "direction",
+           "motion": "motion"}  # fmt: skip
 PICTURES = {"test": "samples.png", "heldout": "heldout.png", "ood": "ood.png"}
 SHOWN = 12  # clips on a contact sheet
 
@@ -46,7 +50,8 @@ def evaluate_folder(
     path: str, out: str, *, weights: str = "ema", num_clips: int | None = None, data: str = "", overrides=(),
     lpips: str = "", **settings,
 ) -> dict:  # fmt: skip
-    """Scores what a folder holds: a text-to-video run (`evaluate_run`), or a VAE, run or not (`evaluate_vae`).
+    """Scores what a folder holds: a text-to-video run (`evaluate_run`), a VAE, run or not (`evaluate_vae`), or a
+    captioner (`evaluate_captioner`).
 
     Args:
         weights: "ema" or "raw", of the text-to-video model.
@@ -57,6 +62,10 @@ def evaluate_folder(
     Raises:
         UserError: no such run, no checkpoint, no data, or `out` cannot be written.
     """
+    if kind_of(path) == "captioner":
+        if data or overrides or lpips:
+            raise UserError(f"{path!r} is a captioner, which is scored on its own data: leave out --data and --lpips")
+        return evaluate_captioner(path, out, weights=weights, num_clips=num_clips)
     if kind_of(path) != "dit":
         return evaluate_vae(path, out, num_clips=num_clips, data=data, overrides=overrides, lpips=lpips)
     run = load_run(path, weights)
@@ -178,7 +187,7 @@ def _generate(generator, requests, sampling, progress, note):
 
 def _judge(videos, truths):
     judgements = [judge(video, truth) for video, truth in zip(videos, truths)]
-    return [{name: None if right is None else bool(right) for name, right in j.items()} for j in judgements]
+    return [{name: None if j[name] is None else bool(j[name]) for name in COLUMNS} for j in judgements]
 
 
 def _device():
@@ -191,8 +200,8 @@ def _device():
 
 def summary_lines(scores: dict) -> list[str]:
     """The scores in a few lines of plain text, for a terminal."""
-    if scores["kind"] == "vae":
-        return vae_lines(scores)
+    if scores["kind"] in ("vae", "captioner"):
+        return dict(vae=vae_lines, captioner=captioner_lines)[scores["kind"]](scores)
     lines = []
     for name, entry in scores["splits"].items():
         if "prompts" in entry:

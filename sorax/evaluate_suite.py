@@ -18,13 +18,14 @@ VERSION = 1  # of the world suite: what is asked, and how it is judged; numbers 
 ROWS = {"ground_truth": "ground truth", "vae": "VAE", "model": "model", "untrained": "untrained model"}
 
 
-def evaluate_world(run: Run, out: str, *, counts: Counts | None = None, **sampling) -> dict:
+def evaluate_world(run: Run, out: str, *, counts: Counts | None = None, only=(), **sampling) -> dict | None:
     """Scores a run by the world suite and writes the report folder `out`, or goes on with it.
 
     Several processes share the work; each has the networks on its own devices, and their rows are split over those.
 
     Args:
-        counts: how much is asked. sampling: num_steps, guidance_scale, shift, solver; None: as the run's config says.
+        counts: how much is asked. only: parts, by how their names begin; all by default. sampling: num_steps,
+            guidance_scale, shift, solver; None: as the run's config says.
 
     Returns:
         what scores.json holds; None in processes that are not the first.
@@ -33,7 +34,7 @@ def evaluate_world(run: Run, out: str, *, counts: Counts | None = None, **sampli
         UserError: the run is not of the embedded world, or `out` holds the evaluation of something else.
     """
     counts = counts or Counts()
-    described, parts, left = _prepare(run, counts, sampling)
+    described, parts, left = _prepare(run, counts, sampling, only)
     identity = begin(out, described)
     make_units(parts, out, identity, rank=jax.process_index(), ranks=jax.process_count())
     processes.wait("suite: units")
@@ -59,7 +60,7 @@ def verify_world(run: Run, out: str, *, units: int = 3, seed: int = 0) -> list[s
     if there.get("suite") != "world":
         raise UserError(f"{out!r} is a report of the suite {there.get('suite')!r}: only those of the world suite can "
                         "be verified")  # fmt: skip
-    described, parts, _ = _prepare(run, Counts(**there["counts"]), there["sampling"])
+    described, parts, _ = _prepare(run, Counts(**there["counts"]), there["sampling"], there["only"])
     differ = [k for k in sorted(described.keys() | there.keys()) if described.get(k) != there.get(k)]
     if differ:
         shown = "; ".join(f"{k}: {there.get(k)!r} there, {described.get(k)!r} here" for k in differ[:3])
@@ -67,18 +68,24 @@ def verify_world(run: Run, out: str, *, units: int = 3, seed: int = 0) -> list[s
     return verify_units(parts, out, identity_of(described), units, seed)
 
 
-def _prepare(run, counts, sampling):
+def _prepare(run, counts, sampling, only):
     """(what is evaluated, parts, why others are not scored)."""
     sampling = run.sampling() | {name: value for name, value in sampling.items() if value is not None}
     mesh = sharding.local_mesh() if len(jax.local_devices()) > 1 else None
     makers = Makers(run.generator(mesh), run.networks, sampling)
     parts, left = world_parts(run, makers, counts)
+    for name in only:
+        if not any(part.name.startswith(name) for part in parts):
+            why = "".join(f" ({reason})" for part, reason in left.items() if part.startswith(name))
+            raise UserError(f"no part {name!r}{why}: there are {', '.join(part.name for part in parts)}")
+    parts = [part for part in parts if not only or part.name.startswith(tuple(only))]
     n = run.networks
     checkpoint = params_hash(dict(dit=n.dit, text=n.text, vae=n.vae))
     config = header(run.workdir, run.config.kind, run.step, run.config.to_dict())["config"]
     described = dict(
         suite="world", version=VERSION, code=code_hash(), config=config, checkpoint=checkpoint, step=run.step,
         tokenizer=run.tokenizer.identity, sampling=sampling, counts=dataclasses.asdict(counts),
+        only=list(only),
         data=[part.data for part in parts],
     )  # fmt: skip
     return json.loads(json.dumps(described)), parts, left
@@ -91,7 +98,7 @@ def cell_text(cell: dict | None) -> str:
     """A cell of a table: `64.1 % [51.8, 74.7]`, or `0.0123 [0.0110, 0.0136] units/s`."""
     if not cell or cell["value"] is None:
         return "none"
-    if cell["kind"] == "rate":
+    if cell["kind"] == "rate" or cell["unit"] == "share":
         return f"{100 * cell['value']:.1f} % [{100 * cell['lo']:.1f}, {100 * cell['hi']:.1f}]"
     digits = ".3g" if abs(cell["value"]) < 10 else ".1f"
     text = f"{number(cell['value'], digits)} [{number(cell['lo'], digits)}, {number(cell['hi'], digits)}]"

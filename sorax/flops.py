@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from sorax.captioner import CaptionerConfig
 from sorax.dit import DiTConfig
 from sorax.text import TextConfig
 from sorax.vae import VAE, VAEConfig
@@ -135,3 +136,17 @@ def vae_work(config: VAEConfig, shape) -> dict:
     """Host-side counts of this process's clips `[B, T, H, W, 3]` of a step: frames, and model_flops of training."""
     B, T, H, W, _ = shape
     return dict(frames=B * T, model_flops=3 * B * sum(vae_forward(config, T, H, W)))
+
+
+def captioner_work(config: CaptionerConfig, batch) -> dict:
+    """As `rows_work`, of a captioner."""
+    lengths = np.concatenate([np.bincount(ids)[1:] for ids in batch["segment_ids"]]).astype(np.float64)
+    texts = np.concatenate([np.bincount(ids)[1:] for ids in batch["text_segment_ids"]]).astype(np.float64)
+    n, m, D = lengths.sum(), texts.sum(), config.width
+    mlp, read = 2 * D * config.ffn_dim, config.patch_dim * D if config.reads != "text" else 0
+    weights = config.encoder_layers * (4 * D * D + mlp) * n + read * n
+    weights += config.decoder_layers * ((6 * D * D + mlp) * m + 2 * D * D * n) + D * config.vocab_size * m
+    pairs = config.encoder_layers * np.sum(lengths**2)
+    pairs += config.decoder_layers * np.sum(texts**2 + texts * lengths[: len(texts)])
+    return dict(samples=len(lengths), tokens=batch["segment_ids"].size, useful_tokens=int(n), text_tokens=int(m),
+                model_flops=float(3 * (2 * weights + 4 * D * pairs)))  # fmt: skip

@@ -79,7 +79,9 @@ def experiment(pipeline: convert.Pipeline) -> dict:
         # Its own modes: text to video alone, or from a first frame as well.
         flow=dict(sample_shift=pipeline.shift, train_shift=pipeline.shift,
                   given=(0.5, 0.5, 0.0, 0.0, 0.0) if pipeline.expand_timesteps else (1.0, 0.0, 0.0, 0.0, 0.0)),
-        data=dict(path="", fps=16.0, batch=1, row_tokens=16384, row_text=2048, max_tokens=16384),
+        # The world as `sorax evaluate --data world` shows it: large enough for Wan, on the grid of all its VAEs.
+        data=dict(path="", fps=16.0, batch=1, row_tokens=16384, row_text=2048, max_tokens=16384,
+                  world=dict(num_samples=10_000, shapes=((17, 256, 448),), fps=16.0)),
         optim=dict(optimizer="adamw", lr=1e-5, warmup_steps=100),
         train=dict(steps=1000, remat="full", freeze=["text"]), checkpoint=dict(every=500, keep=2),
         mesh=dict(data=1, fsdp=-1, context=1, tensor=1),

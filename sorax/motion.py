@@ -26,6 +26,7 @@ from scipy.optimize import linear_sum_assignment
 
 SEEN = 0.8  # of the frames that count, in which an object must be found
 NEAR = 0.05  # of the shorter side: an object starts at least so near to where it should, or within its radius
+KINK = 0.005  # of the shorter side: a path that leaves a straight line or parabola by more has a kink there
 SLOW = 0.5  # units / s: what drift is measured against, of slower objects
 
 
@@ -142,18 +143,20 @@ def drift(tracks, fps: float, *, gravity: float = 0.0, extent: float = 10.0, sta
 
     Args:
         gravity: units / s^2, downward. until: frames up to here only, such as before a bounce that keeps no energy.
-        window: frames of it, where there are so many: at most a third of those that count, and at least 2.
+        window: frames of it, where there are so many: at most a third of those that count, fewer where a path has a
+            kink (objects have just collided), and at least 2.
     """
     objects = [track for track in tracks if track.seen[:start].any()]
     if not objects:
         return Drift()
     whole = np.array([track.seen & ~track.cut for track in objects]).all(0)
     frames = np.flatnonzero(whole[:until])
-    n = max(2, min(window, len(frames) // 3))
-    if len(frames) < 2 * n:
+    if len(frames) < 4:
         return Drift()
-    masses = np.array([np.nanmedian(track.area[frames[:n]]) for track in objects])
-    begin, end = (_state(objects, some, fps, gravity, extent) for some in (frames[:n], frames[-n:]))
+    sizes = range(max(2, min(window, len(frames) // 3)), 1, -1)
+    begin, end = (_end_state(objects, [choose(n) for n in sizes], fps, gravity, extent)
+                  for choose in (lambda n: frames[:n], lambda n: frames[-n:]))  # fmt: skip
+    masses = np.array([np.nanmedian(track.area[frames[: sizes[0]]]) for track in objects])
 
     def energy(state):
         place, speed, _ = state
@@ -170,12 +173,20 @@ def drift(tracks, fps: float, *, gravity: float = 0.0, extent: float = 10.0, sta
     return Drift(abs(last - first) / max(low, high), change, True)
 
 
-def _state(objects, frames, fps, gravity, extent):
-    """Places and velocities `[K, 2]` in the middle of some frames, in units, and the time of that middle."""
-    middle = frames.mean() / fps
-    since = frames / fps - middle
-    positions = np.stack([track.positions[frames] for track in objects], axis=1) * extent  # [n, K, 2]
-    positions[..., 1] -= 0.5 * gravity * since[:, None] ** 2
-    design = np.stack([np.ones_like(since), since], axis=1)
-    place, speed = np.linalg.lstsq(design, positions.reshape(len(frames), -1), rcond=None)[0]
+def _end_state(objects, windows, fps, gravity, extent):
+    """Places and velocities `[K, 2]` in the middle of a window of frames, in units, and the time of that middle.
+
+    Of the windows, largest first, the first in which no path has a kink, as it has where objects collide.
+    """
+    for frames in windows:
+        middle = frames.mean() / fps
+        since = frames / fps - middle
+        positions = np.stack([track.positions[frames] for track in objects], axis=1) * extent  # [n, K, 2]
+        positions[..., 1] -= 0.5 * gravity * since[:, None] ** 2
+        positions = positions.reshape(len(frames), -1)
+        design = np.stack([np.ones_like(since), since], axis=1)
+        fit = np.linalg.lstsq(design, positions, rcond=None)[0]
+        if np.abs(design @ fit - positions).max() <= KINK * extent:
+            break
+    place, speed = fit
     return place.reshape(-1, 2), speed.reshape(-1, 2), middle

@@ -8,12 +8,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from data_pipelines.caption_kinds import parse_mix
 from data_pipelines.loader import make_loader
 from data_pipelines.packing import token_costs
 from data_pipelines.rows import RowSource
 from sorax import config as config_lib
 from sorax import flops, media, processes, read_weights, sharding
 from sorax import lora as lora_lib
+from sorax.captioner import CaptionerConfig
 from sorax.discriminator import DiscriminatorConfig
 from sorax.dit import DiTConfig
 from sorax.dit_data import prepare_data, prepare_vae
@@ -97,7 +99,7 @@ class DataConfig:
     # VAE only
     crop: tuple[int, int, int] | None = None  # (frames, height, width), 0 as it is: larger clips are cut to it
     # What comes before, such as images and then small clips: dicts of `steps` and of the keys above (or of the world)
-    # that differ.
+    # that differ. Of a captioner: of `steps` and a `caption_mix`.
     stages: tuple = ()
     # DiT only
     row_tokens: int = 16384
@@ -108,6 +110,10 @@ class DataConfig:
     tokenizer: str = ""
     text_embeds: bool = False  # keep captions' embeddings beside the latents, and train without the frozen text encoder
     posterior: str = "mean"  # of latents: "mean", or "sample" for a new draw each time that a sample comes
+    # Which of a sample's captions is read, drawn each time that it comes: kinds and shares such as
+    # "detailed:0.95,original:0.05", see `data_pipelines.caption_kinds`; "": its own.
+    caption_mix: Any = ""
+    reads: str = "short"  # of a captioner that reads text: the kind of caption that it reads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,12 +151,14 @@ DISCRIMINATOR_OPTIM = dict(lr=1e-4, b1=0.5, b2=0.9, warmup_steps=0)
 
 def make_objective(config, workdir: str, mesh) -> Objective:
     """The objective that `config.kind` names; a DiT's VAE is trained first if it is not there."""
+    from sorax.captioner_objective import captioner_objective
     from sorax.vae_objective import vae_objective
 
-    makers = {"vae": vae_objective, "dit": dit_objective}
+    makers = {"vae": vae_objective, "dit": dit_objective, "captioner": captioner_objective}
     if config.get("kind") not in makers:
         raise UserError(f"config.kind is {config.get('kind')!r}: use one of {', '.join(makers)}")
-    own = dict(vae=("loss", "discriminator", "discriminator_optim"), dit=("vae", "text", "flow", "lora"))
+    own = dict(vae=("loss", "discriminator", "discriminator_optim"), dit=("vae", "text", "flow", "lora"),
+               captioner=("vae",))  # fmt: skip
     known = (*own[config.kind], "kind", "init", "model", "data", "optim", "train", "checkpoint", "mesh", "eval", "path")
     for section in config:
         if section not in known:
@@ -165,9 +173,11 @@ def complete(config):
     sections = dict(data=DataConfig, optim=OptimConfig, train=TrainConfig, checkpoint=CheckpointConfig, eval=EvalConfig,
                     loss=VAELossConfig, flow=FlowConfig, lora=lora_lib.LoRAConfig, discriminator=DiscriminatorConfig,
                     discriminator_optim=OptimConfig, mesh=sharding.MeshConfig)  # fmt: skip
-    if config.get("kind") in ("vae", "dit"):
-        sections |= dict(vae=dict(model=VAEConfig), dit=dict(model=DiTConfig, text=TextConfig))[config.kind]
-    own = dict(vae=dict(init="", discriminator={}, discriminator_optim=DISCRIMINATOR_OPTIM), dit=dict(init="", lora={}))
+    networks = dict(vae=dict(model=VAEConfig), dit=dict(model=DiTConfig, text=TextConfig),
+                    captioner=dict(model=CaptionerConfig))  # fmt: skip
+    sections |= networks.get(config.get("kind"), {})
+    own = dict(vae=dict(init="", discriminator={}, discriminator_optim=DISCRIMINATOR_OPTIM), dit=dict(init="", lora={}),
+               captioner=dict(init="", vae=dict(path="")))  # fmt: skip
     with config.unlocked():
         for name, value in own.get(config.get("kind"), {}).items():
             if name not in config:
@@ -180,9 +190,9 @@ def complete(config):
 
 
 def keep_ranks(config, workdir: str, mesh):
-    """Config of a DiT run that says for how many data-parallel ranks its rows are balanced: those of the mesh that it
-    started on. So a run that goes on elsewhere meets the same rows in the same order."""
-    if config.get("kind") != "dit" or config.data.get("ranks"):
+    """Config of a run on packed rows that says for how many data-parallel ranks they are balanced: those of the mesh
+    that it started on. So a run that goes on elsewhere meets the same rows in the same order."""
+    if config.get("kind") not in ("dit", "captioner") or config.data.get("ranks"):
         return config
     ranks = mesh.shape["data"] * mesh.shape["fsdp"]
     if os.path.exists(os.path.join(workdir, config_lib.CONFIG_FILE)):
@@ -241,7 +251,7 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
                        patch_size=model.patch_size, batch_size=data.batch, ranks=ranks,
                        oversize="trim" if data.oversize == "trim" else "refuse")  # fmt: skip
     rows = RowSource(examples, seed=settings.seed, posterior=data.posterior, cost_a=cost_a, cost_b=cost_b,
-                     **row_options)  # fmt: skip
+                     mix=parse_mix(data.caption_mix), **row_options)  # fmt: skip
     val_rows = RowSource(val_examples, seed=0, **row_options)
 
     # --- What is read: networks that start from other weights, and those that keep them

@@ -130,8 +130,8 @@ def _part(source, makers, motion, split, objects, gravity, floor):
     which = "horizontal velocity, " if is_phyworld else "velocity, "
     return Part(
         name=f"physics/{motion}/{split}", title=f"Physics: {motion}, {SPLITS[split]}",
-        about=f"{GIVEN_FRAMES} frames are given. Velocity error: |mean of the {which}less that of the truth|, "
-        "as PhyWorld's released code has it; as printed: mean of |velocity less that of the truth|, frame by frame. "
+        about=f"The first {GIVEN_FRAMES} frames are given. Velocity error: |mean of {which}less that of the truth|, as "
+        "PhyWorld's released code has it; as printed: the mean of |velocity less that of the truth|, frame by frame. "
         "Drift: relative change of energy and momentum, without a truth. Errors are of tracked clips; the others are "
         "failures, counted under tracked.",
         count=len(source), chunk=makers.chunk(shape), caption=source.caption, seed=lambda i: i, judge=judge,

@@ -94,7 +94,7 @@ SCRIPT = """
 const all = (where, what) => [...where.querySelectorAll(what)];
 const calm = matchMedia('(prefers-reduced-motion: reduce)').matches;
 const cases = all(document, '.case').map(el => ({
-  el, n: +el.dataset.n, fps: +el.dataset.fps, start: +el.dataset.start, has: el.dataset.has.split(' '), seen: false,
+  el, n: +el.dataset.n, fps: +el.dataset.fps, start: +el.dataset.start, has: el.dataset.has.split(' '),
   stages: all(el, '.stage').map(s => ({el: s, n: +s.dataset.n, c: +s.dataset.c, r: +s.dataset.r})),
   marks: all(el, '.marks g'), head: el.querySelector('.time b'), at: el.querySelector('.at span'),
 }));
@@ -116,9 +116,15 @@ if (controls && cases.length) {
   const [play, slider, out] = ['button', 'input', 'output'].map(tag => controls.querySelector(tag));
   let common = null, running = false, before = 0, alone = null;  // common: frame of all; null: each at its own start
   const place = item => show(item, common === null ? item.start : common);
-  const refresh = () => cases.forEach(item => { if (item.seen && item !== alone) place(item); });
-  function set(frame) {
-    common = frame; slider.value = Math.floor(frame); out.value = `frame ${Math.floor(frame)}`; refresh();
+  const galleries = all(document, '.gallery').map(el => [el, all(el, '.case').map(card => of.get(card))]);
+  const near = el => {
+    const box = el.getBoundingClientRect();
+    return box.height > 0 && box.bottom > -200 && box.top < innerHeight + 200;
+  };
+  const seen = () => galleries.flatMap(([el, items]) => near(el) ? items.filter(item => near(item.el)) : []);
+  const refresh = items => items.forEach(item => { if (item !== alone) place(item); });
+  function set(frame, items = seen()) {
+    common = frame; slider.value = Math.floor(frame); out.value = `frame ${Math.floor(frame)}`; refresh(items);
   }
   function run(on) {
     running = on; before = 0; play.textContent = on ? 'Pause' : 'Play all'; play.setAttribute('aria-pressed', on);
@@ -129,22 +135,20 @@ if (controls && cases.length) {
     if (!running) return;
     if (before) clock += (now - before) / 1000;
     before = now;
-    const lead = cases.find(item => item.seen) || cases[0];
-    const frame = Math.floor(clock * lead.fps);
-    if (frame > Math.max(...cases.filter(item => item.seen).map(item => item.n), 1) + 2) clock = 0;
-    if (frame !== common) set(Math.min(frame, +slider.max));
+    const items = seen(), frame = Math.floor(clock * (items[0] || cases[0]).fps);
+    if (frame > Math.max(...items.map(item => item.n), 1) + 2) clock = 0;
+    if (frame !== common) set(Math.min(frame, +slider.max), items);
     requestAnimationFrame(tick);
   }
   play.addEventListener('click', () => {
-    const lead = cases.find(item => item.seen) || cases[0];
+    const lead = seen()[0] || cases[0];
     clock = common === null || common >= lead.n - 1 ? 0 : common / lead.fps;
     run(!running);
   });
   slider.addEventListener('input', () => { run(false); set(+slider.value); });
   const eye = new IntersectionObserver(entries => entries.forEach(entry => {
     const item = of.get(entry.target);
-    item.seen = entry.isIntersecting;
-    if (item.seen) place(item);
+    if (entry.isIntersecting && item !== alone) place(item);
   }), {rootMargin: '100px'});
   cases.forEach(item => eye.observe(item.el));
   for (const item of cases) {

@@ -23,9 +23,22 @@ _LOSSLESS = 64 << 10  # bytes of a video that is larger without loss: it is comp
 _WIDEST = 8192  # pixels of a row of frames in a sheet
 
 
-def ranked(cases: list[dict]) -> list[dict]:
-    """Cases from worst to best; equal ones as they come."""
-    return sorted(cases, key=lambda case: case.get("score") or 0.0)
+def ranked(cases: list[dict], metric: str = "", better: str | None = None) -> list[dict]:
+    """Cases from worst to best score; of equal ones by their value of a metric, worst first, then as they come."""
+
+    def worth(case):
+        value = (case.get("values") or {}).get(metric)
+        return -math.inf if value is None else value if better == "high" else -value
+
+    return sorted(cases, key=lambda case: (case.get("score") or 0.0, worth(case)))
+
+
+def verdict_of(case: dict) -> bool | None:
+    """Whether a case passed all its checks; None where nothing was checked."""
+    if case["failed"]:
+        return False
+    checks = case.get("checks")
+    return None if checks is not None and set(checks.values()) <= {None} else True
 
 
 def choose(count: int, most: int = MOST_CASES) -> list[list[int]]:
@@ -63,7 +76,7 @@ def read_videos(folder: str, places) -> dict:
         if videos.dtype != np.uint8 or videos.ndim != 5 or videos.shape[-1] != 3 or max(indices) >= len(videos):
             raise UserError(f"{path} holds {videos.dtype} {list(videos.shape)}, where the report wants uint8 videos "
                             f"[n, T, H, W, 3] up to number {max(indices)}: delete it and evaluate again")  # fmt: skip
-        found |= {(name, index): (videos[index], fps) for index in indices}
+        found |= {(name, index): (videos[index].copy(), fps) for index in indices}
     return found
 
 
@@ -158,9 +171,9 @@ def card(stages: str, case: dict, *, num_frames: int, fps: float, start: int, to
 
     Args:
         stages: HTML of `stage`s. tokens: words that the page's filter knows the case by. facts: texts.
-        lines: (title or None, failed checks, events) of each video that was judged.
+        lines: (title or None, case) of each video that was judged.
     """
-    events = [event for _, _, some in lines for event in some]
+    events = [event for _, judged in lines for event in judged.get("events") or []]
     last = max(num_frames - 1, 1)
     ticks = "".join(f'<i style="left:{100 * min(int(event["frame"]) / last, 1):.2f}%"></i>' for event in events)
     told = "".join(_verdict(*line) for line in lines)
@@ -175,13 +188,14 @@ def card(stages: str, case: dict, *, num_frames: int, fps: float, start: int, to
     )
 
 
-def _verdict(title, failed, events):
+def _verdict(title, case):
+    failed, events = case["failed"], case.get("events") or []
     who = f"<em>{escape(title, 40)}</em>" if title else ""
     chips = "".join(f"<li class=bad>&#10007; {escape(name, 60)}</li>" for name in failed)
     chips += "".join(
         f'<li><button type=button data-frame="{int(event["frame"])}">{escape(event["kind"], 20)} '
         f"<small>frame {int(event['frame'])}</small></button></li>" for event in events
     )  # fmt: skip
-    if not failed:
+    if verdict_of(case):
         chips = f"<li class=good>&#10003; all checks passed</li>{chips}"
-    return f"<ul class=chips>{who}{chips}</ul>"
+    return f"<ul class=chips>{who}{chips}</ul>" if chips else ""

@@ -10,7 +10,7 @@ from data_pipelines.report_page import document, escape, table
 from sorax import config as config_lib
 from sorax.comparison import compare, difference_text, p_text, paired_cases, text_table
 from sorax.report_assets import SCRIPT, STYLE
-from sorax.report_clips import card, first_event, read_videos, stage
+from sorax.report_clips import card, first_event, read_videos, stage, verdict_of
 from sorax.report_html import (
     MOST_BYTES,
     SHARE,
@@ -185,8 +185,8 @@ def _galleries(label, ours, theirs, filters, most_bytes):
     pairs = [(a, b) for a, b in pairs if a.get("video") and b.get("video")]
     text, spent = "", 0
     for title, word, chosen in (
-        (f"A fails, {label} succeeds", "better", [(a, b) for a, b in pairs if a["failed"] and not b["failed"]]),
-        (f"A succeeds, {label} fails", "worse", [(a, b) for a, b in pairs if not a["failed"] and b["failed"]]),
+        (f"A fails, {label} succeeds", "better", [(a, b) for a, b in pairs if a["failed"] and verdict_of(b)]),
+        (f"A succeeds, {label} fails", "worse", [(a, b) for a, b in pairs if verdict_of(a) and b["failed"]]),
     ):
         if not chosen:
             continue
@@ -202,9 +202,9 @@ def _galleries(label, ours, theirs, filters, most_bytes):
             room, spent = room - len(stages), spent + len(stages)
             events = [*(a.get("events") or []), *(b.get("events") or [])]
             tokens = filters.add({*a["failed"], *b["failed"]}, events, frames, ("all", title))
-            lines = [("A", a["failed"], a.get("events") or []), (label, b["failed"], b.get("events") or [])]
-            cards.append(card(stages, a, num_frames=frames, fps=fps, start=start, tokens=tokens, lines=lines,
-                              facts=[f"seed {a['seed']}", a["id"]]))  # fmt: skip
+            facts, lines = [f"seed {a['seed']}", a["id"]], [("A", a), (label, b)]
+            cards.append(card(stages, a, num_frames=frames, fps=fps, start=start, tokens=tokens, facts=facts,
+                              lines=lines))  # fmt: skip
         remark = f"{len(cards):,} of {len(chosen):,} such cases, those first whose scores differ most."
         if len(cards) == len(chosen):
             remark = f"All {len(chosen):,} such cases, those first whose scores differ most."
@@ -220,7 +220,7 @@ def _stages(label, a, b, videos_a, videos_b):
     text = ""
     for name, case, video in (("A", a, video_a), (label, b, video_b)):
         place = min(start, len(video) - 1)
-        text += stage(name, video, start=place, events=case.get("events") or [], verdict=not case["failed"])
+        text += stage(name, video, start=place, events=case.get("events") or [], verdict=verdict_of(case))
     if a.get("truth"):
         truth, _ = videos_a[a["truth"]["file"], a["truth"]["index"]]
         text, frames = text + stage("ground truth", truth, start=min(start, len(truth) - 1)), max(frames, len(truth))

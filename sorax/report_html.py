@@ -10,7 +10,7 @@ import os
 from data_pipelines.report_page import document, escape, percent, table
 from sorax import config as config_lib
 from sorax.report_assets import SCRIPT, STYLE
-from sorax.report_clips import card, choose, first_event, ranked, read_videos, stage
+from sorax.report_clips import card, choose, first_event, ranked, read_videos, stage, verdict_of
 from sorax.report_svg import Lane, axis_of, color_of, curves, gauge, key, lanes, line_key
 from sorax.score_report import writing
 
@@ -289,7 +289,8 @@ def lanes_figure(title: str, remark: str, colors: dict[str, str], groups: list, 
 def _gallery(folder, part, filters, most_bytes):
     """HTML of a part's cases, worst first, and the bytes that it takes."""
     every = part.get("cases") or []
-    cases = ranked([case for case in every if case.get("video")])
+    headline = part["rows"].get(scored_row(part["rows"]), {}).get(part["headline"]) or {}
+    cases = ranked([case for case in every if case.get("video")], part["headline"], headline.get("better"))
     if not cases:
         return "", 0
     who, groups = row_title(scored_row(part["rows"])), choose(len(cases))
@@ -304,13 +305,15 @@ def _gallery(folder, part, filters, most_bytes):
         if made and spent + len(stages) > most_bytes:
             break
         spent += len(stages)
-        failed, events = case["failed"], case.get("events") or []
+        right = verdict_of(case)
+        values = [(title, (case.get("values") or {}).get(name)) for name, title in part["metrics"].items()]
         facts = [f"{rank + 1:,} of {len(cases):,}, worst first", f"score {case.get('score') or 0:.2f}",
+                 *(f"{title} {value:.3g}" for title, value in values if value is not None),
                  f"seed {case['seed']}", case["id"]]  # fmt: skip
-        whole = ("all", "failed any check" if failed else "passed all checks")
-        tokens = filters.add(failed, events, frames, whole)
+        whole = [] if right is None else [("all", "passed all checks" if right else "failed any check")]
+        tokens = filters.add(case["failed"], case.get("events") or [], frames, *whole)
         made[rank] = card(stages, case, num_frames=frames, fps=fps, start=start, facts=facts, tokens=tokens,
-                          lines=[(None, failed, events)])  # fmt: skip
+                          lines=[(None, case)])  # fmt: skip
     shown = [sum(rank in made for rank in group) for group in groups]
     return gallery_html("Cases", _shown(shown, len(cases), len(every)), [made[rank] for rank in sorted(made)]), spent
 
@@ -320,7 +323,7 @@ def _stages(case, videos, who):
     video, fps = videos[case["video"]["file"], case["video"]["index"]]
     events, frames = case.get("events") or [], len(video)
     start = first_event(events, frames)
-    text = stage(who, video, start=start, events=events, verdict=not case["failed"])
+    text = stage(who, video, start=start, events=events, verdict=verdict_of(case))
     if case.get("truth"):
         truth, _ = videos[case["truth"]["file"], case["truth"]["index"]]
         text, frames = text + stage("ground truth", truth, start=min(start, len(truth) - 1)), max(frames, len(truth))

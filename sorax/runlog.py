@@ -11,7 +11,8 @@ import jax
 import numpy as np
 import rich.console
 import rich.progress
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from sorax.media import gif_bytes
@@ -29,7 +30,17 @@ class RunLog:
             return
         self._keep_until(start_step)
         self._file = open(self.path, "a", buffering=1)  # noqa: SIM115 (open as long as the run)
-        self._board = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=start_step + 1)
+        board = os.path.join(workdir, "tensorboard")
+        os.makedirs(board, exist_ok=True)
+        self._board = EventsWriter(os.path.join(board, "events"))
+        # Points of later steps, left by an interrupted run, are not shown.
+        self._event(step=start_step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def _event(self, **what):
+        """Writes a TensorBoard event, at once. The usual writer has a thread with a queue, in which an interrupt
+        may leave a lock that the process then waits for when it ends."""
+        self._board.write_event(Event(wall_time=time.time(), **what))
+        self._board.flush()
 
     def _keep_until(self, step):
         if not os.path.exists(self.path):
@@ -53,9 +64,8 @@ class RunLog:
             return
         row = {"step": step} | {name: float(value) for name, value in metrics.items()}
         self._file.write(json.dumps(row) + "\n")
-        for name, value in row.items():
-            if name != "step":
-                self._board.add_scalar(name, value, step)
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items() if name != "step"]
+        self._event(step=step, summary=Summary(value=values))
 
     def video(self, step: int, name: str, video: np.ndarray, fps: float):
         """A video uint8 `[T, H, W, 3]` for TensorBoard, which plays animated GIFs as images."""
@@ -63,8 +73,7 @@ class RunLog:
             return
         _, H, W, _ = video.shape
         image = Summary.Image(height=H, width=W, colorspace=3, encoded_image_string=gif_bytes(video, fps))
-        summary = Summary(value=[Summary.Value(tag=name, image=image)])
-        self._board.file_writer.add_summary(summary, step)
+        self._event(step=step, summary=Summary(value=[Summary.Value(tag=name, image=image)]))
 
     def close(self):
         if self._file is None:

@@ -288,8 +288,8 @@ def vae_folder(config, workdir: str) -> str:
 
 
 def kind_of(path: str) -> str:
-    """What a folder holds: "dit" or "vae", a run of that kind, or "diffusers", an `AutoencoderKLWan` or a pipeline
-    with one.
+    """What a folder holds: "dit", "vae" or "captioner", a run of that kind, or "diffusers", an `AutoencoderKLWan` or a
+    pipeline with one.
 
     Raises:
         UserError: it is missing, or neither.
@@ -297,7 +297,7 @@ def kind_of(path: str) -> str:
     if _diffusers_vae(path) is not None:
         return "diffusers"
     kind = config_lib.read_config(path).get("kind")
-    if kind not in ("dit", "vae"):
+    if kind not in ("dit", "vae", "captioner"):
         raise UserError(f"{path!r} is neither a run nor a diffusers folder: its {config_lib.CONFIG_FILE} has no `kind` "
                         "of a run and no `_class_name` AutoencoderKLWan")  # fmt: skip
     return kind

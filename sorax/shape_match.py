@@ -41,13 +41,13 @@ def template_bank(shapes):
     return np.asarray(bank, np.float32)
 
 
-def canonical_patch(alpha, owner, frames, labels, centers, radii):
-    """Mean soft mask of one object over some frames, on the canonical grid.
+def canonical_patches(alpha, owner, frames, labels, centers, radii):
+    """Soft masks of one object in some frames, on the canonical grid.
 
     alpha: float [T, H, W] coverage; owner: int [T, H, W] which object a pixel belongs to (others count as 0);
     frames, labels [n]: the frames to use and the object's number in each; centers [n, 2]: (x, y) in pixels, where
     the centre of pixel (r, c) is (c + 0.5, r + 0.5); radii [n]: of the circle of equal area, in pixels.
-    Returns [G * G] float32. Bilinear.
+    Returns [n, G * G] float32. Bilinear.
     """
     _, height, width = alpha.shape
     axis = ((np.arange(GRID) + 0.5) / GRID * 2 - 1) * SPAN
@@ -64,7 +64,7 @@ def canonical_patch(alpha, owner, frames, labels, centers, radii):
             row, col = np.clip(row, 0, height - 1), np.clip(col, 0, width - 1)
             weight = (fy if dy else 1 - fy) * (fx if dx else 1 - fx)
             total += weight * np.where(inside & (owner[t, row, col] == label), alpha[t, row, col], 0)
-    return total.mean(0).ravel()
+    return total.reshape(len(frames), GRID * GRID)
 
 
 def classify(patch, shapes, margin=0.12, misfit=1.0):

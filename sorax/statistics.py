@@ -1,7 +1,8 @@
 """Numbers with their uncertainty: rates, means, and how many of several samples are good.
 
 A cell is a dict that a report shows: `kind` ("rate" or "mean"), `value`, `n`, and the 95 % interval `lo`, `hi`; of a
-rate also `k`. Where nothing was seen `value`, `lo` and `hi` of a mean are None, and a rate is None in [0, 1].
+rate also `k`; of a mean its `unit` ("share": of 0 to 1, shown as percent). Where nothing was seen `value`, `lo` and
+`hi` of a mean are None, and a rate is None in [0, 1].
 """
 
 import math
@@ -60,10 +61,10 @@ def reliability(good: np.ndarray, at=(1, 4, 16)) -> dict[str, dict]:
     """
     prompts, samples = good.shape
     groups = [str(i) for i in range(prompts) for _ in range(samples)]
-    cells = {"usable": mean_cell(good.reshape(-1).astype(float).tolist(), better="high", groups=groups)}
+    cells = {"usable": mean_cell(good.reshape(-1).astype(float).tolist(), "share", "high", groups)}
     for k in (k for k in at if k <= samples):
         values = [pass_at(int(row.sum()), samples, k) for row in good]
         # With k = n it is a plain rate of prompts, whose interval does not vanish where all or none are good.
-        cells[f"pass@{k}"] = rate_cell([v == 1 for v in values]) if k == samples else mean_cell(values, better="high")
+        cells[f"pass@{k}"] = rate_cell([v == 1 for v in values]) if k == samples else mean_cell(values, "share", "high")
     cells[f"worst of {samples}"] = rate_cell(good.all(1).tolist())
     return cells

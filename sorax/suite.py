@@ -40,8 +40,9 @@ class Part:
         chunk: cases of a unit.
         make: row -> function of a list of cases that gives their videos, uint8 `[T, H, W, 3]`.
         judge: (video, case) -> judgement, a dict of JSON: `checks` {name: bool, or None if not asked}, `values` {name:
-            number or None}, `events` [{kind, frame, x, y}], and what `tables` wants besides.
-        caption, seed: of a case.
+            number or None}, `events` [{kind, frame, x, y}], `score` (from 0, worst, to 1; else the share of checks that
+            are right), and what `tables` wants besides.
+        caption, seed: of a case. group: of a case, which cases are no independent draws; None: all are.
         metrics: name -> title, in order, of checks, values and what `tables` adds; the first is the headline.
         units: of values, such as {"velocity_error": "units/s"}.
         tables: judgements of all cases of a row -> more cells.
@@ -62,6 +63,7 @@ class Part:
     fps: float
     data: str
     units: dict[str, str] = dataclasses.field(default_factory=dict)
+    group: Callable[[int], int] | None = None
     tables: Callable[[list[dict]], dict] = lambda judgements: {}
     series: Callable[[dict[str, list[dict]]], list] = lambda rows: []
 
@@ -225,8 +227,9 @@ def _cases(part, rows):
             dict(id=f"{part.name}/{i}", caption=part.caption(i), seed=part.seed(i), checks=judgement.get("checks", {}),
                  values=judgement.get("values", {}),
                  failed=[part.metrics.get(name, name) for name, right in asked.items() if not right],
-                 score=float(np.mean(list(asked.values()))) if asked else judgement.get("score", 0.0),
-                 events=judgement.get("events", []), video=files[row], truth=files.get("ground_truth"))
+                 score=judgement.get("score", float(np.mean(list(asked.values()))) if asked else 0.0),
+                 events=judgement.get("events", []), video=files[row], truth=files.get("ground_truth"),
+                 **({"group": part.group(i)} if part.group else {}))
         )  # fmt: skip
     return cases
 

@@ -226,7 +226,7 @@ def train(config, workdir: str, *, title: str | None = None, profile: tuple[int,
     batches = objective.batches(step)
     trace = Trace(workdir, profile, step)
     pending, work, since, met = [], [], time.perf_counter(), set()
-    with Progress(title, settings.steps, step) as progress, trace:
+    with checkpoints.finishing(), Progress(title, settings.steps, step) as progress, trace:
         while step < settings.steps:
             trace.at(step, state)
             batch = next(batches)

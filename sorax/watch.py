@@ -19,9 +19,9 @@ class Watched:
                 for i, (caption, video) in enumerate(zip(self.clips.captions, self.clips.videos))]  # fmt: skip
 
     def rates(self, videos) -> dict[str, float]:
-        """prompts_joint, prompts_color, ...: the share of videos (of `requests`, in order) that are right in it."""
+        """eval/prompts/joint, ...: the share of videos (of `requests`, in order) that are right in that."""
         table = summarise([judge(video, truth) for video, truth in zip(videos, self.clips.truths)])
-        return {f"prompts_{name}": cell["rate"] for name, cell in table.items() if cell["n"]}
+        return {f"eval/prompts/{name}": cell["rate"] for name, cell in table.items() if cell["n"]}
 
 
 def watched_prompts(data, vae_config, patch_size, count: int) -> Watched | None:

@@ -15,17 +15,21 @@ Prompts, noise and settings are pinned: the same weights give the same numbers.
 import collections
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from data_pipelines.caption_kinds import behind
 from data_pipelines.phyworld import PhyWorld
 from data_pipelines.sources import open_source
 from data_pipelines.world import World
 from sorax.abnormal import abnormal_events, persistence
+from sorax.caption_writer import load_captioner
 from sorax.encode import source_identity
 from sorax.errors import UserError
 from sorax.evaluate import untrained_params
+from sorax.expand import EXPANDER, RunExpander, expand
 from sorax.generate import Request
 from sorax.judging import DETAILED, SHORT, judge
 from sorax.metrics import psnr
@@ -107,7 +111,7 @@ def open_world(run) -> World:
     Raises:
         UserError: it was trained on something else.
     """
-    data = run.config.data
+    data = behind(run.config.data)
     sections = list(data.get("mixture") or ()) or [data]
     if not any((section.get("path") or "world") == "world" for section in sections):
         raise UserError(f"the world suite asks for what the embedded world shows, and {run.workdir!r} is trained on "
@@ -128,8 +132,18 @@ def world_parts(run, makers: Makers, counts: Counts) -> tuple[list[Part], dict[s
     trained = world.config.captions
     parts, left = [], {}
     for split in SPLITS:
+        try:
+            _changed(world, split=split)
+        except UserError as error:  # its largest objects do not fit in so small a world
+            left[f"prompts/{split}"] = str(error).rstrip(".")
+            continue
         for style in ("short", "detailed"):
             parts.append(prompt_part(world, makers, counts.clips, split, style, trained))
+    expander = os.path.join(run.workdir, EXPANDER)
+    if os.path.isdir(expander):
+        parts.append(expanded_part(world, makers, counts.clips, RunExpander(load_captioner(expander, reads="text"))))
+    else:
+        left["prompts/test/expanded"] = f"the run has no model that expands prompts, in its folder {EXPANDER}/"
     parts.append(reliability_part(world, makers, counts))
     if "occlude" in world.config.motions:
         parts.append(persistence_part(world, makers, counts.clips))
@@ -206,8 +220,27 @@ def prompt_part(world: World, makers: Makers, count: int, split: str, style: str
         "that it says; usable: that, and nothing vanishes, appears, splits, deforms or jumps." + strange,
         count=count, chunk=makers.chunk(clips.shape),
         make=makers.truth(clips.video) | makers.model(clips.requests) | makers.untrained(clips.requests),
-        judge=_judging(clips, asked), caption=clips.caption, seed=lambda i: i, metrics=CHECKS,
+        judge=_judging(clips, asked), caption=clips.caption, seed=lambda i: i,
+        metrics={name: title for name, title in CHECKS.items() if name in ("joint", "usable", "normal", *asked)},
         fps=world.config.fps, data=clips.data,
+    )  # fmt: skip
+
+
+def expanded_part(world: World, makers: Makers, count: int, expander: RunExpander) -> Part:
+    """Whether clips that are made from expanded prompts show what the short prompts say."""
+    clips = _Clips(_changed(world, split="test", captions="short"), count)
+    longer = functools.cache(lambda i: expand([clips.caption(i)], expander, seed=i)[0].text)
+
+    def requests(cases):
+        return [dataclasses.replace(request, prompt=longer(i)) for i, request in zip(cases, clips.requests(cases))]
+
+    return Part(
+        name="prompts/test/expanded", title="Prompts, in distribution, short captions that were expanded",
+        about="Clips are made from detailed prompts that a language model made of short ones, and judged by the short "
+        "ones: the row to compare with is that of short captions.",
+        count=count, chunk=makers.chunk(clips.shape), make=makers.truth(clips.video) | makers.model(requests),
+        judge=_judging(clips, SHORT), caption=lambda i: f"{clips.caption(i)} -> {longer(i)}", seed=lambda i: i,
+        metrics=CHECKS, fps=world.config.fps, data=f"{clips.data}-{expander.run.identity}",
     )  # fmt: skip
 
 
@@ -234,6 +267,7 @@ def reliability_part(world: World, makers: Makers, counts: Counts) -> Part:
         count=counts.prompts * samples, chunk=makers.chunk(clips.shape), make=makers.model(requests), judge=judge_case,
         caption=lambda i: clips.caption(i // samples), seed=lambda i: 1_000_000 + i,
         metrics={name: name for name in names}, fps=world.config.fps, data=clips.data, tables=tables,
+        group=lambda i: i // samples,
     )  # fmt: skip
 
 

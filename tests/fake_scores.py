@@ -1,5 +1,6 @@
-"""A report folder as a suite leaves it: scores and videos of an imaginary run, small enough for tests."""
+"""A report folder as a suite leaves it, with scores and videos of an imaginary run; and a reader of pages."""
 
+import html.parser
 import json
 
 import numpy as np
@@ -7,6 +8,37 @@ import numpy as np
 from sorax.metrics import wilson_interval
 
 TITLES = {"joint": "joint", "color": "colour", "direction": "direction"}
+
+
+HOSTILE = """<script>document.title='broken'</script>'"><img src=x onerror=alert(2)> & &lt;b&gt; </title></style>"""
+VOID = {"meta", "input", "img", "br"}
+
+
+class Page(html.parser.HTMLParser):
+    """What a browser would make of a page: elements with attributes, and the text of each."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text, self.open = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data):
+        if self.open[-1:] not in (["script"], ["style"]):
+            self.text.append(data)
+
+    def of_class(self, name):
+        return [a for _, a in self.tags if name in (a.get("class") or "").split()]
 
 
 def rate(values):

@@ -94,6 +94,22 @@ def shards(tmp_path_factory):
     return folder
 
 
+def test_latents_keep_captions_of_all_kinds_and_rows_draw_from_them(tmp_path):
+    source = world(kinds=("short", "detailed"))
+    examples = encoded(tmp_path, source)
+    assert verify(tmp_path) == [] and examples.caption_kinds == ("short", "detailed")
+    record, captions = examples.record(3), source.captions(3)
+    assert {kind: record[f"caption_{kind}"] for kind in captions} == captions
+    rows = RowSource(examples, row_tokens=512, row_text=8192, batch_size=1, seed=0, patch_size=(1, 1, 1),
+                     mix={"detailed": 0.5, "caption": 0.5})  # fmt: skip
+    row, seen = rows[0], set()
+    for place, i in enumerate(rows.samples(0).tolist(), 1):
+        text = TOKENIZER.decode(row["text_tokens"][row["text_segment_ids"] == place])
+        seen.add(text == source.captions(i)["detailed"])
+        assert text in (source.spec(i).caption, source.captions(i)["detailed"])
+    assert seen == {True, False}
+
+
 def test_shards_hold_the_latents_captions_and_shapes_of_the_source(shards):
     source, examples = world(), LatentShards(shards)
     assert verify(shards) == [] and len(examples) == len(source)

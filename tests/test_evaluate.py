@@ -5,18 +5,24 @@ import json
 import pathlib
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 from video_files import numbered, write
 
-from sorax import evaluate
+from sorax import convert, evaluate, lora
 from sorax.config import apply_overrides, read_config
 from sorax.errors import UserError
 from sorax.evaluate_vae import fidelity
+from sorax.export_lora import export_lora
 from sorax.held_out import load_splits
+from sorax.import_wan import import_run
+from sorax.lora import LoRAConfig
 from sorax.runs import load_run
 from sorax.score_report import without_nan
+
+WAN = pathlib.Path(__file__).parent / "fixtures" / "wan"
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +67,7 @@ def test_report_holds_what_was_generated_and_judged(report):
     Image.open(out / "reconstructions.png").verify()
     text = (out / "scores.md").read_text()
     rows = [line for line in text.splitlines() if line.startswith("| ground truth |")]
-    assert len(rows) == 2 and all(row.count("100.0 % [51.0, 100.0]") == 5 for row in rows)
+    assert len(rows) == 2 and all(row.count("100.0 % [51.0, 100.0]") == 6 for row in rows)
     assert any("ground truth 100.0 %" in line for line in evaluate.summary_lines(scores))
 
 
@@ -106,6 +112,24 @@ def test_folders_of_videos_have_scores_of_the_vae_only(tiny_run, tmp_path):
     with pytest.raises(UserError, match="nowhere"):
         evaluate.evaluate_run(run, str(tmp_path / "out2"))
     assert not (tmp_path / "out2").exists()
+
+
+def test_imported_weights_are_scored_on_the_world_and_with_a_lora(tmp_path, quick_compiler):
+    """What their own config leaves out is told: which clips. Other weights make other videos; the VAE is the same."""
+    settings = LoRAConfig(rank=2, targets=("to_v", "ffn.net.2"))
+    dit_config = convert.read_dit_config(WAN / "transformer" / "config.json")
+    rng, shapes = np.random.default_rng(0), lora.adapted_dit(dit_config, settings)[1]
+    adapters = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), shapes)
+    export_lora(adapters, settings, dit_config, tmp_path / "adapters")
+    how = dict(data="world", overrides=["world.shapes=((5, 32, 32),)"], num_clips=1, num_steps=2)
+    found = {}
+    for name, extra in (("base", {}), ("lora", dict(lora=str(tmp_path / "adapters")))):
+        run, out = str(import_run(WAN, tmp_path / name, **extra)), tmp_path / f"{name}_report"
+        scores = evaluate.evaluate_folder(run, str(out), **how)
+        assert scores["step"] == 0 and list(scores["splits"]) == ["test", "heldout"]
+        assert all(entry["prompts"]["ground_truth"]["joint"]["rate"] == 1 for entry in scores["splits"].values())
+        found[name] = scores["splits"]["test"]["vae"], np.load(out / "test.npz")["videos"]
+    assert found["base"][0] == found["lora"][0] and (found["base"][1] != found["lora"][1]).any()
 
 
 def test_exact_copies_leave_the_mean_finite():

@@ -284,5 +284,5 @@ def test_a_dit_run_takes_an_exported_vae(tiny_run, tmp_path, monkeypatch):
     found = load_run(tiny_run).networks
     assert found.vae_config == wanted.vae_config
     jax.tree.map(np.testing.assert_array_equal, found.vae, wanted.vae)
-    with pytest.raises(UserError, match="--data and --lpips are for a VAE"):
+    with pytest.raises(UserError, match="scored on its own data: --data is for a VAE"):
         evaluate_folder(tiny_run, str(tmp_path / "report"), data="world")

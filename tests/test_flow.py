@@ -136,6 +136,15 @@ def test_first_k_gives_every_number_of_first_frames(rows):
         assert set(k) == set(range(1, frames))
 
 
+@pytest.mark.parametrize("bounds, of_five", [((2, 2), {2}), ((2, 3), {2, 3}), ((3, 0), {3, 4}), ((1, 9), {1, 2, 3, 4})])
+def test_first_k_stays_within_its_bounds_and_leaves_a_frame(rows, bounds, of_five):
+    weights = jnp.array([float(name == "first_k") for name in flow.GIVEN_MODES])
+    drawn = jax.jit(functools.partial(flow.draw_given, first_k=bounds), static_argnums=3)
+    mask = drawn(jax.random.key(0), *rows, len(SHAPES), weights)
+    assert set(frames_given(mask, rows, 1).sum(axis=1)) == of_five
+    assert set(frames_given(mask, rows, 3).sum(axis=1)) == {1}  # two latent frames
+
+
 def only(mode):
     return jnp.array([float(name == mode) for name in flow.GIVEN_MODES])
 

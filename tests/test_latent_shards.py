@@ -2,8 +2,11 @@
 
 import hashlib
 import os
+import pathlib
 import pickle
 import re
+import subprocess
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -89,6 +92,15 @@ def test_plain_tfds_reads_every_feature(shards):
                 assert found[name].dtype == value.dtype
             else:
                 assert (found[name].decode() if isinstance(value, str) else found[name]) == value
+
+
+def test_samples_are_read_without_tfds(shards):
+    """Its lazy imports wait for each other for ever where two threads of a loader start them at once."""
+    code = ("import sys; from data_pipelines.latent_shards import LatentShards; LatentShards(sys.argv[1])[0]; "
+            "print('tensorflow_datasets' in sys.modules)")  # fmt: skip
+    argv = [sys.executable, "-c", code, str(shards)]
+    root = pathlib.Path(__file__).parents[1]
+    assert subprocess.run(argv, capture_output=True, text=True, cwd=root).stdout == "False\n"
 
 
 def test_examples_are_normalised_means_and_what_the_columns_promise(shards):

@@ -8,7 +8,8 @@ import pytest
 from data_pipelines.phyworld import GRAVITY, PhyWorld, PhyWorldConfig
 from data_pipelines.world import World, WorldConfig
 from sorax.motion import drift, match_by_start, velocity_error
-from sorax.parser import Track, parse_clip
+from sorax.parser import parse_clip
+from sorax.tracks import Track
 
 
 def phyworld(motion, **settings):
@@ -21,13 +22,15 @@ def perfect_tracks(truth, shift=0.0):
     for position, radius, visible in zip(truth.position, truth.radius, truth.visible):
         seen = visible > 0.999
         places = np.where(seen[:, None], position + shift, np.nan)
-        tracks.append(Track("red", "circle", np.zeros(3), places, np.pi * radius**2, seen, ~seen, {}))
+        no = np.zeros(len(seen), bool)
+        tracks.append(Track("red", "circle", np.zeros(3), places, np.pi * radius**2, seen, ~seen, {}, ~seen, no, no,
+                            np.zeros((len(seen), 3)), np.zeros((len(seen), 0))))  # fmt: skip
     return tracks
 
 
 @pytest.mark.parametrize("motion", ["uniform", "parabola", "collision"])
 def test_true_clips_have_almost_no_error_and_no_drift(motion):
-    """Bounds: a fifth of PhyWorld's floors, half of it for collisions, which are short; a percent of drift."""
+    """Bounds: a fifth of PhyWorld's floors, half of it for collisions, which are short; drift within 2 %."""
     source = phyworld(motion)
     errors, drifts = [], []
     for i in range(8):
@@ -36,7 +39,7 @@ def test_true_clips_have_almost_no_error_and_no_drift(motion):
         drifts.append(drift(tracks, 10.0, gravity=GRAVITY if motion == "parabola" else 0.0))
     assert all(error.tracked for error in errors) and all(d.tracked for d in drifts)
     assert np.mean([error.code for error in errors]) < (0.01 if motion == "collision" else 0.002)
-    assert np.median([d.energy for d in drifts]) < 0.01 and np.median([d.momentum for d in drifts]) < 0.01
+    assert max(d.energy for d in drifts) < 0.02 and max(d.momentum for d in drifts) < 0.02
     assert all((error.before is None) == (motion != "collision") for error in errors)
 
 

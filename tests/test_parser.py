@@ -8,7 +8,8 @@ import pytest
 from scipy import ndimage
 
 from data_pipelines.world import COLORS, DIRECTIONS, SHAPES, World, WorldConfig
-from sorax.metrics import direction_of, judge
+from sorax.judging import direction_of, judge
+from sorax.metrics import summarise
 from sorax.parser import lasting, parse_clip
 from sorax.shape_match import template_bank
 
@@ -35,7 +36,8 @@ def spoil(video, rng, blur=0.7, noise=4.0, tint=0.0):
 
 
 def rates(judgements):
-    return {name: np.mean([j[name] for j in judgements]) for name in judgements[0]}
+    table = summarise(judgements)
+    return {name: cell["rate"] for name, cell in table.items() if cell["n"]}
 
 
 @pytest.mark.parametrize("config", [SMALL, LARGE], ids=["32px", "64px"])

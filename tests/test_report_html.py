@@ -2,7 +2,6 @@
 
 import base64
 import copy
-import html.parser
 import io
 import json
 import re
@@ -11,45 +10,15 @@ import subprocess
 
 import numpy as np
 import pytest
-from fake_scores import make_report
+from fake_scores import HOSTILE, Page, make_report
 from PIL import Image
 
 from sorax import report_html
 from sorax.curves import training_curves
 from sorax.errors import UserError
-from sorax.report_clips import choose, read_videos, sprite
+from sorax.report_clips import choose, ranked, read_videos, sprite
 from sorax.report_html import write_report
 from sorax.report_svg import curves, log_ticks, nice_ticks
-
-HOSTILE = """<script>document.title='broken'</script>'"><img src=x onerror=alert(2)> & &lt;b&gt; </title></style>"""
-VOID = {"meta", "input", "img", "br"}
-
-
-class Page(html.parser.HTMLParser):
-    """What a browser would make of a page: elements with attributes, and the text of each."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.text, self.open = [], [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
-
-    def handle_data(self, data):
-        if self.open[-1:] not in (["script"], ["style"]):
-            self.text.append(data)
-
-    def of_class(self, name):
-        return [a for _, a in self.tags if name in (a.get("class") or "").split()]
 
 
 def page_of(folder, scores, **options):
@@ -107,7 +76,7 @@ def test_cases_stand_from_worst_to_best_and_how_many_are_shown_is_said(report):
 
 def test_the_choice_has_every_case_of_few_and_none_twice():
     for count in (1, 23, 24, 25, 30, 1000):
-        ranks = [rank for some in choose(count) for rank in some]
+        ranks = [rank for group in choose(count) for rank in group]
         assert ranks == sorted(set(ranks)) and len(ranks) == min(count, 24)
         assert ranks[0] == 0 and ranks[-1] == count - 1
 
@@ -115,7 +84,7 @@ def test_the_choice_has_every_case_of_few_and_none_twice():
 def test_videos_on_the_page_are_those_of_the_report(report):
     folder, scores = report
     page = page_of(folder, scores)
-    cases = sorted(scores["parts"]["prompts/test"]["cases"], key=lambda case: case["score"])
+    cases = ranked(scores["parts"]["prompts/test"]["cases"])
     stages = page.of_class("stage")
     for case, stage in zip(cases[:12], stages[:24:2]):
         assert (pixels(stage["style"]) == 2 * case["video"]["index"]).all()
@@ -138,7 +107,7 @@ def test_a_sprite_sheet_holds_the_frames_in_order(shape):
 def test_marks_are_on_their_frame_and_place(report):
     folder, scores = report
     page = page_of(folder, scores)
-    events = [case["events"] for case in sorted(scores["parts"]["physics"]["cases"], key=lambda c: c["score"])][:12]
+    events = [case["events"] for case in ranked(scores["parts"]["physics"]["cases"])][:12]
     marked = [a for tag, a in page.tags if tag == "g" and "data-frame" in a]
     rings = [a for tag, a in page.tags if tag == "circle" and a.get("r") != "3.2" and a.get("cx") == "0.400"]
     assert len(marked) == len(rings) > 4 and all(ring["cy"] == "0.500" for ring in rings)
@@ -171,6 +140,19 @@ def test_a_suite_with_other_rows_or_without_videos_has_a_page(tmp_path):
     scores["step"] = None
     page = page_of(tmp_path / "r", scores)
     assert len(page.of_class("case")) == 3 and "Training" not in page.text
+
+
+def test_cases_without_checks_are_ranked_by_their_value_and_called_neither_right_nor_wrong(tmp_path):
+    scores = make_report(tmp_path / "r", n=5, parts=("physics",))
+    part = scores["parts"]["physics"]
+    part["headline"] = "error"
+    for case in part["cases"]:
+        case |= dict(checks={}, failed=[], score=0.0, events=[])
+    page = page_of(tmp_path / "r", scores)
+    shown = [float(text.removeprefix("error ")) for text in page.text if re.fullmatch(r"error [\d.]+", text)]
+    errors = sorted((case["values"]["error"] for case in part["cases"]), reverse=True)
+    assert shown == pytest.approx(errors, rel=0.01)
+    assert not page.of_class("right") and not page.of_class("wrong") and "all checks passed" not in " ".join(page.text)
 
 
 @pytest.mark.parametrize("broken", ["missing", "cut", "number", "outside"])
@@ -228,7 +210,7 @@ def test_the_numbers_of_an_interval_have_the_digits_of_their_value():
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 PROBE = """
 addEventListener('load', () => document.querySelector('.case').scrollIntoView({behavior: 'instant'}));
-addEventListener('load', () => setTimeout(() => {
+addEventListener('load', () => {
   const all = what => [...document.querySelectorAll(what)], change = new Event('change'), seen = el => el.offsetParent;
   const [part, check] = all('select'), slider = document.querySelector('input[type=range]'), said = {};
   said.title = document.title; said.few = all('#part-0 .case').filter(seen).length;
@@ -242,7 +224,7 @@ addEventListener('load', () => setTimeout(() => {
   said.filtered = all('#part-0 .case').filter(seen).length; said.found = all('.found')[0].textContent;
   said.width = document.documentElement.scrollWidth <= innerWidth;
   document.body.setAttribute('data-said', JSON.stringify(said));
-}, 500));
+});
 """
 
 
@@ -252,10 +234,10 @@ def test_a_browser_steps_through_marks_and_filters(tmp_path, monkeypatch, size):
     """The page's own script, with a probe behind it that uses the page and writes down what it then shows."""
     monkeypatch.setattr(report_html, "SCRIPT", report_html.SCRIPT + PROBE)
     scores = make_report(tmp_path / "r", caption=HOSTILE)
-    cases = sorted(copy.deepcopy(scores["parts"]["prompts/test"]["cases"]), key=lambda case: case["score"])
+    cases = ranked(copy.deepcopy(scores["parts"]["prompts/test"]["cases"]))
     page = write_report(str(tmp_path / "r"), scores)
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
-               f"--window-size={size}", "--virtual-time-budget=3000", "--dump-dom", f"file://{page}"]  # fmt: skip
+               f"--window-size={size}", "--virtual-time-budget=10000", "--dump-dom", f"file://{page}"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     page = Page(done.stdout)
     said = json.loads(next(a["data-said"] for tag, a in page.tags if tag == "body"))

@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from data_pipelines.phyworld import PhyWorldConfig
 from data_pipelines.text_tokens import BPE, MIN_VOCAB, Tokenizer
 from sorax import config as config_lib
 from sorax import objectives
+from sorax.captioner import Captioner, CaptionerConfig
 from sorax.dit import DiT, DiTConfig
 from sorax.errors import UserError
 from sorax.functional import abstract
@@ -35,6 +37,8 @@ LOWER = {
     "backend": ("errors",),
     "patchify": (),
     **dict.fromkeys(MODELS, ("patchify", "attention", "linear", "conv", "routing")),
+    "captioner": ("attention", "dit", "text"),  # the blocks are made of the DiT's parts
+    "decoding": (),
     "attention_blocks": (),
     **dict.fromkeys(KERNELS, ("attention_blocks",)),
     "conv": (),
@@ -56,9 +60,17 @@ LOWER = {
     "config": ("errors",),
     "media": ("errors",),
     "runlog": ("errors", "media"),
-    "metrics": ("errors", "parser"),
-    "parser": ("errors", "shape_match"),
+    "metrics": ("errors",),
+    "significance": ("metrics",),
+    "statistics": ("metrics",),
+    "curves": (),
+    "parser": ("errors", "shape_match", "background", "tracks"),
+    "tracks": ("errors", "shape_match"),
+    "background": (),
     "shape_match": ("errors",),
+    "motion_kinds": (),
+    "judging": ("errors", "parser", "motion_kinds"),
+    "abnormal": ("errors", "parser", "background", "tracks", "motion_kinds"),
     "read_weights": ("errors", "sharding"),
 }
 # Libraries that they may import besides the standard one; a module that is not named may import any.
@@ -67,6 +79,7 @@ LIBRARIES = {
     **{name: {"jax", "flax", "numpy", "einops"} for name in (*MODELS, *KERNELS, "attention_blocks")},
     "flow": {"jax", "numpy"},
     "routing": {"jax"},
+    "decoding": {"jax"},
     "mup": {"jax"},
     "sampler": {"jax", "numpy"},
     "functional": {"jax", "flax"},
@@ -178,7 +191,9 @@ def test_no_file_is_too_long_to_read():
 
 
 def world_shapes(config):
-    """(frames, height, width) of what is drawn from the world; nothing for a folder, whose videos nobody knows yet."""
+    """(frames, height, width) of what is drawn; nothing for a folder, whose videos nobody knows yet."""
+    if "phyworld" in config.data:
+        return PhyWorldConfig(**config.data.phyworld).shapes
     return config.data.world.shapes if "world" in config.data else ()
 
 
@@ -233,11 +248,26 @@ def check_dit(config):
             assert num_tokens(vae_config.latent_shape(*shape), model.patch_size) <= N
 
 
+def check_captioner(config):
+    """Builds, takes a step's batch of rows, and every shape of its world fits in a row."""
+    tx = check_sections(config)
+    model = config_lib.build(CaptionerConfig, config.model, "model")
+    data = config_lib.build(objectives.DataConfig, config.data, "data")
+    graph, params = abstract(Captioner, model)
+    jax.eval_shape(tx.init, dict(captioner=params))
+    B, N, M, P = data.batch, data.row_tokens, data.row_text, 1 if model.reads == "text" else model.patch_dim
+    ids, text_ids = (jax.ShapeDtypeStruct((B, n), jnp.int32) for n in (N, M))
+    tokens, where = (jax.ShapeDtypeStruct((B, N, n), t) for n, t in ((P, jnp.float32), (3, jnp.int32)))
+    logits = jax.eval_shape(lambda p, *x: nnx.merge(graph, p)(*x), params, tokens, where, ids, *[text_ids] * 3)
+    assert logits.shape == (B, M, model.vocab_size) and model.vocab_size >= MIN_VOCAB
+    for shape in world_shapes(config) if model.reads == "pixels" else ():
+        assert num_tokens([-(-n // p) * p for n, p in zip(shape, model.patch_size)], model.patch_size) <= N
+
+
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_every_experiment_builds(path):
     config = config_lib.load_config(str(path))
-    assert config.kind in ("vae", "dit")
-    (check_vae if config.kind == "vae" else check_dit)(config)
+    dict(vae=check_vae, dit=check_dit, captioner=check_captioner)[config.kind](config)
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)

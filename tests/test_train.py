@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-import time
+import threading
 import types
 
 import jax
@@ -17,13 +17,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from conftest import tiny_config
+from tensorboardX import event_file_writer
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from sorax import cli, objectives, processes, sharding
 from sorax import config as config_lib
 from sorax.checkpoint import ITEMS
 from sorax.errors import UserError
 from sorax.optim import OptimConfig, make_tx
-from sorax.runlog import Trace
+from sorax.runlog import RunLog, Trace
 from sorax.runs import load_vae
 from sorax.train import TrainConfig, TrainState, _rates, make_step, train
 
@@ -33,7 +35,8 @@ TIMING = ("_per_s", "step_seconds", "mfu")  # the only metrics that may differ
 
 
 def interrupt(workdir, config, monkeypatch):
-    """Trains until Ctrl-C comes in the step after the lost one, with the checkpoint before on disk."""
+    """Trains until Ctrl-C comes in the step after the lost one; the checkpoint before is on the disk then, even if it
+    was still being written."""
     make = objectives.make_objective
 
     def interrupted_objective(*args):
@@ -43,10 +46,6 @@ def interrupt(workdir, config, monkeypatch):
             assert step == 0
             for done, batch in enumerate(objective.batches(step)):
                 if done == INTERRUPTED:
-                    deadline = time.monotonic() + 60
-                    while not os.path.isdir(os.path.join(workdir, "checkpoints", str(SAVED))):
-                        assert time.monotonic() < deadline, "no checkpoint was written"
-                        time.sleep(0.05)
                     raise KeyboardInterrupt
                 yield batch
 
@@ -248,6 +247,29 @@ def test_a_profile_is_a_trace_in_the_run_folder(tmp_path, monkeypatch):
         log.at(0, state)
         raise KeyboardInterrupt
     assert len(seen) == 4  # a trace that is begun is ended
+
+
+def test_tensorboard_is_told_every_value_at_once(tmp_path):
+    """Without a thread, in which an interrupt could leave a lock that the process then waits for for ever."""
+    before, times = set(threading.enumerate()), iter(range(100, 200))
+    for start, steps in ((0, (1, 2)), (1, (2, 3))):  # the second step was lost and is done again
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(event_file_writer.time, "time", lambda: next(times))  # files are named by the second
+            log = RunLog(str(tmp_path), start)
+        for step in steps:
+            log.write(step, dict(loss=step / 2, lr=0.5))
+    log.video(3, "sample/0", np.zeros((2, 8, 8, 3), np.uint8), 6.0)
+    assert set(threading.enumerate()) == before
+    found = []
+    for path in sorted((tmp_path / "tensorboard").iterdir()):
+        data, events = path.read_bytes(), []
+        while data:  # length, its CRC, event, its CRC
+            size = 12 + int.from_bytes(data[:8], "little")
+            events.append(Event.FromString(data[12:size]))
+            data = data[size + 4 :]
+        assert events[0].file_version == "brain.Event:2" and events[1].session_log.status == SessionLog.START
+        found.append([events[1].step, *((e.step, *(v.simple_value for v in e.summary.value)) for e in events[2:])])
+    assert found == [[1, (1, 0.5, 0.5), (2, 1.0, 0.5)], [2, (2, 1.0, 0.5), (3, 1.5, 0.5), (3, 0.0)]]
 
 
 PROFILED = """

@@ -14,7 +14,8 @@ import numpy as np
 
 from data_pipelines.phyworld import GIVEN_FRAMES, MOTIONS, PhyWorld, PhyWorldConfig
 from sorax.motion import velocity_error
-from sorax.parser import Track, parse_clip
+from sorax.parser import parse_clip
+from sorax.tracks import Track
 
 PUBLISHED = {"uniform": 0.0099, "parabola": 0.0117, "collision": 0.0210}
 
@@ -31,7 +32,9 @@ def thresholded_tracks(video, num_objects):
         seen = area > 0
         centre = np.stack([(mask * axis).sum((1, 2)) for axis in (cols, rows)], axis=-1) / np.maximum(area, 1)[:, None]
         places = np.where(seen[:, None], (centre + 0.5) / size * (size - 1) / size, np.nan)
-        tracks.append(Track(None, "circle", np.zeros(3), places, area / size**2, seen, ~seen, {}))
+        no, nothing = np.zeros(len(seen), bool), np.zeros((len(seen), 0))
+        tracks.append(Track(None, "circle", np.zeros(3), places, area / size**2, seen, ~seen, {}, ~seen, no, no,
+                            np.zeros((len(seen), 3)), nothing))  # fmt: skip
     return tracks
 
 

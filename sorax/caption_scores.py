@@ -1,0 +1,95 @@
+"""Captions of the world scored against its ground truth, attribute by attribute, by reading them back.
+
+An attribute is right where it is right of every object that it is told of; objects are paired by what they are, not by
+the order in which they are told. A caption that is not of the grammar is wrong in everything that it was asked for.
+"""
+
+from data_pipelines.world_grammar import Said, Thing, match, read_caption
+from sorax.statistics import rate_cell
+
+# Attribute -> title, in order; of short captions the first five.
+COLUMNS = {
+    "joint": "joint", "grammar": "grammar", "count": "count", "color": "colour", "shape": "shape", "motion": "motion",
+    "direction": "direction", "size": "size", "speed": "speed", "place": "place", "background": "background",
+    "relation": "relation", "events": "events in order", "real": "objects that are there",
+}  # fmt: skip
+SHORT = ("count", "color", "shape", "motion", "direction")
+DETAILED = (*SHORT, "size", "speed", "place", "background", "relation", "events")
+
+
+def judge_caption(world, index: int, text: str, kind: str) -> dict[str, bool | None]:
+    """Whether a caption of a clip of the world says what is true; None is not asked of this clip.
+
+    Args:
+        kind: "short" or "detailed": what it is asked for.
+
+    Returns:
+        dict of the attributes, `joint`, `grammar`: it can be read; and `real`: of each object that it tells of, whether
+        one of that colour and shape is there (a list, one a told object).
+    """
+    true = read_caption(world.caption(index, style=kind))
+    said = read_caption(text)
+    asked = [name for name in (SHORT if kind == "short" else DETAILED) if _is_told(true, name)]
+    found = dict.fromkeys(COLUMNS)
+    if said is None or said.detailed != (kind == "detailed"):
+        return found | dict.fromkeys((*asked, "grammar", "joint"), False) | dict(real=[])
+    pairs = match(said.things, true.things)
+    rest = [thing for thing in said.things if all(thing is not a for a, _ in pairs)]
+    count = len(said.things) == len(true.things)
+    for name in asked:
+        if name == "count":
+            found[name] = count
+        elif name == "background":
+            found[name] = said.ground == true.ground
+        elif name == "relation":
+            found[name] = count and _relation_holds(said, true, world.truth(index))
+        elif name == "events":
+            found[name] = count and said.events == true.events and _same(pairs, "hits", "end")
+        else:
+            found[name] = count and _same(pairs, name)
+    found["joint"] = all(found[name] for name in asked)
+    found["grammar"], found["real"] = True, [a.name == b.name for a, b in pairs] + [False] * len(rest)
+    return found
+
+
+def _is_told(true: Said, name: str) -> bool:
+    """Whether a true caption says anything of an attribute."""
+    if name in ("count", "color", "shape", "background"):
+        return True
+    if name == "relation":
+        return true.relation is not None
+    if name == "events":
+        return bool(true.events) or any(t.hits is not None or t.end is not None for t in true.things)
+    return any(getattr(thing, name) is not None for thing in true.things)
+
+
+def _same(pairs: list[tuple[Thing, Thing]], *names) -> bool:
+    return all(getattr(a, name) == getattr(b, name) for a, b in pairs for name in names)
+
+
+def _relation_holds(said: Said, true: Said, truth) -> bool:
+    """Whether what is said of two objects holds at the beginning, whichever two of the clip's they are."""
+    if said.relation is None:
+        return False
+    first, word, second = said.relation
+    places = {}
+    for thing, position in zip(truth.objects, truth.position):
+        places.setdefault(f"{thing.color} {thing.shape}", []).append(position[0])
+    for a in places.get(first, ()):
+        for b in places.get(second, ()):
+            dx, dy = b - a
+            across = "left of" if dx > 0 else "right of"
+            if a is not b and word == (across if abs(dx) >= abs(dy) else "above" if dy > 0 else "below"):
+                return True
+    return False
+
+
+def score_captions(world, indices, texts, kind: str) -> dict[str, dict]:
+    """Cells of each attribute (`statistics.rate_cell`) of captions of clips of the world; `real` counts objects."""
+    return cells([judge_caption(world, i, text, kind) for i, text in zip(indices, texts)])
+
+
+def cells(judgements) -> dict[str, dict]:
+    """Cells of judgements of `judge_caption`."""
+    table = {name: rate_cell([j[name] for j in judgements]) for name in COLUMNS if name != "real"}
+    return table | dict(real=rate_cell([there for j in judgements for there in j["real"]]))
