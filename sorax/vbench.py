@@ -57,7 +57,7 @@ def read_prompts(path: str, names: str = "", samples: int = SAMPLES) -> list[Pro
     if len(known) != len(texts):
         raise UserError(f"{names} has {len(known)} lines and {path} {len(texts)}: line k of both is one prompt's")
     remedy = ("VBench finds samples by their prompt: shorten it, or name a file of its own prompts, line by line, with "
-              "--names")  # fmt: skip
+              "--names-file")  # fmt: skip
     prompts, problems = {}, []
     for line, (text, name) in enumerate(zip(texts, known), start=1):
         problem = "is empty" if not text or not name else _problem(f"{name}-{samples - 1}.mp4")
