@@ -171,7 +171,7 @@ def _start(context: Context) -> tuple[str, int]:
         if changed:
             raise UserError(f"{out} holds an unfinished curation with other settings ({', '.join(changed)}): "
                             "give those again, choose another --out, or remove it")  # fmt: skip
-    elif out.exists() and (not out.is_dir() or any(path.name != WORK for path in out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} is not an empty folder: choose another, or remove what is in it")
     try:
         for folder in ("clips", f"{WORK}/parts"):

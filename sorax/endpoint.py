@@ -160,11 +160,12 @@ class Endpoint:
         self._not_before = 0.0  # of time.monotonic(): when the server wants to be asked again
         self._jitter = random.Random()
         self._asking = [threading.Lock() for _ in range(256)]  # equal requests wait for each other's answer
-        if config.cache:
-            try:
-                Path(config.cache).mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"endpoint: cache folder {config.cache!r} cannot be made ({error.strerror})") from error
+        if config.cache:  # made with the first answer, but what is in its way is said before any is paid for
+            place = Path(config.cache).absolute()
+            there = next(path for path in (place, *place.parents) if path.exists())
+            if not there.is_dir() or not os.access(there, os.W_OK):
+                raise UserError(f"endpoint: cache folder {config.cache!r} cannot be made in {str(there)!r}: name "
+                                "another with --cache")  # fmt: skip
 
     @property
     def identity(self) -> str:
@@ -221,7 +222,7 @@ class Endpoint:
         entry = {field.name: getattr(answer, field.name) for field in dataclasses.fields(Answer)}
         del entry["cached"]
         try:
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             part.write_text(json.dumps(entry))
             os.replace(part, path)
         except OSError as error:
