@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sorax.errors import UserError
 from sorax.sharding import path_string
 
 # Measured on the data, not learned: the optimizer leaves them alone.
@@ -161,8 +162,8 @@ def _make_tx(config, num_steps, lr_factor=None):
     schedule = learning_rate(config, num_steps)
     if config.optimizer == "muon":
         if config.vector_lr and not config.lr:
-        raise UserError("config.optim.lr is 0 and vector_lr is not: one schedule scales both, set vector_lr to 0 too")
-    ratio = config.vector_lr / config.lr if config.vector_lr else 1.0
+            raise UserError("config.optim.lr is 0 and vector_lr is not: one schedule scales both, set both to 0")
+        ratio = config.vector_lr / config.lr if config.vector_lr else 1.0
         core = optax.contrib.muon(
             schedule, adam_learning_rate=lambda step: ratio * schedule(step), adam_b1=config.b1, adam_b2=config.b2,
             weight_decay=config.weight_decay, weight_decay_mask=decayed,

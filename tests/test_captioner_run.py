@@ -111,8 +111,8 @@ def test_a_run_of_something_else_is_refused(captioner, expander, tmp_path, capsy
 
 
 def test_a_captioner_goes_on_from_another(captioner, tmp_path):
-    experiment = tiny("captioner_world", "eval.every=0", f"init={captioner}", "train.steps=1", "optim.lr=0.0", "optim.vector_lr=0.0",
-                      "data.stages=()")  # fmt: skip
+    experiment = tiny("captioner_world", "eval.every=0", f"init={captioner}", "train.steps=1", "optim.lr=0.0",
+                      "optim.vector_lr=0.0", "data.stages=()")  # fmt: skip
     train(experiment, str(tmp_path / "b"))
     there, here = (load_captioner(folder) for folder in (captioner, str(tmp_path / "b")))
     assert there.writer.tokenizer.identity == here.writer.tokenizer.identity
