@@ -122,13 +122,14 @@ def test_a_captioner_goes_on_from_another(captioner, tmp_path):
 
 @pytest.mark.parametrize("stages, words", [
     (({"caption_mix": "short:1"},), "give a dict of `steps`"), (({"steps": 5},), "a `caption_mix`"),
+    (({"steps": 5, "caption_mix": "short:1", "batch": 3},), "give a dict"),
     (({"steps": 5, "caption_mix": "long:1"},), "config.model.kinds are short, detailed"),
 ])  # fmt: skip
 def test_a_stage_that_cannot_be_meant_is_refused(stages, words):
     data = dataclasses.replace(DataConfig(caption_mix="short:1"), stages=stages)
     with pytest.raises(UserError, match=words):
         _stages(data, ("short", "detailed"), 10)
-    assert _stages(DataConfig(), (CAPTION,), 7) == [(7, {CAPTION: 1.0})]
+    assert _stages(DataConfig(), (CAPTION,), 7) == [(7, {CAPTION: 1.0}, 4096)]
 
 
 # --- Scores
