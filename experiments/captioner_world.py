@@ -29,13 +29,13 @@ def get_config():
         encoder_layers=4, decoder_layers=3, num_heads=4, head_dim=32, ffn_dim=384,
     )  # fmt: skip
     config.data = dict(
-        path="world", world=get_world(), batch=16, row_tokens=192, row_text=192, max_segments=4, val_samples=128,
-        stages=(dict(steps=700, caption_mix="short:1"),), caption_mix="detailed:0.85,short:0.15",
+        path="world", world=get_world(), batch=32, row_tokens=96, row_text=96, max_segments=2, val_samples=128,
+        stages=(dict(steps=500, caption_mix="short:1", row_text=40),), caption_mix="detailed:0.85,short:0.15",
     )  # fmt: skip
     config.optim = dict(optimizer="muon", lr=2e-2, vector_lr=1e-2, warmup_steps=50, final_lr=0.02, b2=0.99,
                         ema_decay=0.995)  # fmt: skip
-    config.train = dict(steps=2600, seed=0, log_every=50, unroll=True)
+    config.train = dict(steps=2000, seed=0, log_every=50, unroll=True)
     config.checkpoint = dict(every=500, keep=1)
     config.mesh = dict(data=-1, fsdp=1, context=1, tensor=1)
-    config.eval = dict(every=650, num_videos=4, num_prompts=64)
+    config.eval = dict(every=500, num_videos=4, num_prompts=64)
     return config

@@ -1,8 +1,8 @@
 """What a captioner learns: to write the captions of videos, word by word, from their pixels or latents; or, from
 captions of one kind, those of another.
 
-In stages, as DALL-E 3's captioner (Betker et al. 2023): `data.stages`, dicts of `steps` and a `caption_mix` each, come
-first, such as short captions; then the mix of the `data` section, such as detailed ones.
+In stages, as DALL-E 3's captioner (Betker et al. 2023): `data.stages`, dicts of `steps`, a `caption_mix` and perhaps a
+`row_text`, come first, such as short captions; then the mix of the `data` section, such as detailed ones.
 """
 
 import dataclasses
@@ -55,14 +55,14 @@ def captioner_objective(config, workdir: str, mesh) -> Objective:
     cost_a, cost_b = token_costs(model.width, model.ffn_dim)
     found = _prepare(config, data, model, workdir)
 
-    def rows_of(examples, mix, seed):
+    def rows_of(examples, mix, seed, row_text=data.row_text):
         return RowSource(
-            examples, seed=seed, mix=mix, kinds=model.kinds, row_tokens=data.row_tokens, row_text=data.row_text,
+            examples, seed=seed, mix=mix, kinds=model.kinds, row_tokens=data.row_tokens, row_text=row_text,
             max_segments=data.max_segments, patch_size=model.patch_size, order=order(model), batch_size=data.batch,
             ranks=ranks, cost_a=cost_a, cost_b=cost_b, oversize="trim" if data.oversize == "trim" else "refuse",
         )  # fmt: skip
 
-    rows = [(end, rows_of(found.examples, mix, settings.seed)) for end, mix in stages]
+    rows = [(end, rows_of(found.examples, mix, settings.seed, row_text)) for end, mix, row_text in stages]
     val_rows = {kind: rows_of(found.val_examples, {kind: 1.0}, 0) for kind in stages[-1][1]}
 
     graph = functional.abstract(Captioner, model)[0]
@@ -145,18 +145,20 @@ def _check_mesh(data, model, mesh):
 
 
 def _stages(data, kinds, steps):
-    """(last step, not included; mix of captions) of each stage."""
+    """(last step, not included; mix of captions; room for them in a row) of each stage."""
     stages, end = [], 0
     for number, stage in enumerate(data.stages):
         where = f"config.data.stages[{number}]"
         stage = dict(stage) if hasattr(stage, "items") else {}
         count, mix = stage.pop("steps", None), parse_mix(stage.pop("caption_mix", ""))
-        if stage or not isinstance(count, int) or count < 1 or not mix:
-            raise UserError(f"{where} of a captioner: give a dict of `steps`, at least 1, and a `caption_mix`")
+        row_text = stage.pop("row_text", data.row_text)
+        if stage or not mix or not all(isinstance(n, int) and n > 0 for n in (count, row_text)):
+            raise UserError(f"{where} of a captioner: give a dict of `steps`, at least 1, a `caption_mix` and, if it "
+                            "differs, `row_text`")  # fmt: skip
         end += count
-        stages.append((end, mix))
-    stages.append((max(steps, end), parse_mix(data.caption_mix) or {CAPTION: 1.0}))
-    for _, mix in stages:
+        stages.append((end, mix, row_text))
+    stages.append((max(steps, end), parse_mix(data.caption_mix) or {CAPTION: 1.0}, data.row_text))
+    for _, mix, _ in stages:
         for kind in mix:
             if kind not in kinds:
                 raise UserError(f"config.data.caption_mix has {kind!r}, but config.model.kinds are {', '.join(kinds)}: "

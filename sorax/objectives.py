@@ -98,8 +98,8 @@ class DataConfig:
     batch: int = 8  # clips a step (VAE), rows a step (DiT)
     # VAE only
     crop: tuple[int, int, int] | None = None  # (frames, height, width), 0 as it is: larger clips are cut to it
-    # What comes before, such as images and then small clips: dicts of `steps` and of the keys above (or of the world)
-    # that differ. Of a captioner: of `steps` and a `caption_mix`.
+    # What comes before, such as images and then small clips: dicts of `steps` and of the keys above (or `world`) that
+    # differ. Of a captioner: see `sorax.captioner_objective`.
     stages: tuple = ()
     # DiT only
     row_tokens: int = 16384
