@@ -90,16 +90,17 @@ def background(pixels, distance, bar=None, named=28.0, near=24.0):
     sees = (tone == label) & ~ndimage.maximum_filter(tone < 0, (1, HALO, HALO))
     count = sees.sum(0)
     picture = np.einsum("thwc,thw->hwc", pixels, sees.astype(np.float32)) / np.maximum(count, 1)[..., None]
+    meet = ndimage.maximum_filter(label, 5) != ndimage.minimum_filter(label, 5)
     for k in range(len(tones)):
-        region, clear = label == k, (label == k) & (count > 0)
+        region = label == k
+        hidden, clear = region & (count == 0), region & (count > 0) & ~meet
         if not clear.any():
-            picture[region] = tones[k]
-        elif (region & ~clear).any():
+            picture[hidden] = tones[k]
+        elif hidden.any():
             row, col = ndimage.distance_transform_edt(~clear, return_distances=False, return_indices=True)
-            hidden = region & ~clear
             picture[hidden] = picture[row[hidden], col[hidden]]
     # where two tones meet, a pixel is a mixture of them in every frame that does not hide it
-    rows, cols = np.nonzero(ndimage.maximum_filter(label, 5) != ndimage.minimum_filter(label, 5))
+    rows, cols = np.nonzero(meet)
     if len(rows):
         band = pixels[:, rows, cols]
         off = np.full(band.shape[:2], np.inf, np.float32)

@@ -207,8 +207,12 @@ def _throw(seen, sense, partner):
         "goes up": rise / 0.015,
         "comes down": (y[top:].max() - y[top]) / 0.015,
     }
-    if top >= 3 and at[top] == at[0] + top:  # half of the time to the top brings three quarters of the way
-        left = np.interp((at[0] + at[top]) / 2, at, y) - y[top]
+    start = top
+    while start > 0 and at[start - 1] == at[start] - 1:
+        start -= 1
+    if top - start >= 3:  # half of the time to the top brings three quarters of the way
+        rise = y[start] - y[top]
+        left = np.interp((at[start] + at[top]) / 2, at, y) - y[top]
         found["slows going up"] = 0.42 / max(left / max(rise, 1e-6), 1e-6)
     return found
 
