@@ -63,7 +63,7 @@ LOWER = {
     "shape_match": ("errors",),
     "motion_kinds": (),
     "judging": ("errors", "parser", "motion_kinds"),
-    "abnormal": ("errors", "parser", "background", "tracks"),
+    "abnormal": ("errors", "parser", "background", "motion_kinds"),
     "read_weights": ("errors", "sharding"),
 }
 # Libraries that they may import besides the standard one; a module that is not named may import any.
