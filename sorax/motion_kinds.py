@@ -73,7 +73,7 @@ def checks(kind, sense, seen, partner=None):
     """
     found = _CHECKS[kind](seen, sense, partner) if kind == "occlude" or np.count_nonzero(seen.free) >= 2 else {}
     growth = _growth(seen)
-    if kind != "resize" and growth is not None:
+    if found and kind != "resize" and growth is not None:
         found["keeps its size"] = 0.2 / max(abs(np.log(max(growth, 1e-3))), 1e-6)
     return found
 
@@ -169,52 +169,39 @@ def _bounce(seen, sense, partner):
     return {"comes back from a wall": best}
 
 
-def _first_run(free, least=4):
-    """Frames of the first run of at least so many, else of the longest."""
-    at = np.flatnonzero(free)
-    runs = np.split(at, np.flatnonzero(np.diff(at) > 1) + 1)
-    return next((run for run in runs if len(run) >= least), max(runs, key=len))
+def _pull(at, y):
+    """Whether its steps turn downward, one after another, but where it bounces; {} if too few are seen."""
+    three = np.flatnonzero((np.diff(at)[:-1] == 1) & (np.diff(at)[1:] == 1))
+    first, second = y[three + 1] - y[three], y[three + 2] - y[three + 1]
+    flies = ~((first > 0) & (second < 0)) & (np.maximum(abs(first), abs(second)) > 0.003)
+    if np.count_nonzero(flies) < 2:
+        return {}
+    return {"is pulled down": 0.3 / max(np.mean((second - first)[flies] <= 0.0003), 0.01)}
 
 
 def _fall(seen, sense, partner):
-    at = _first_run(seen.free)
-    if len(at) < 2:
-        return {}
+    at = np.flatnonzero(seen.free)
     x, y = seen.positions[at].T
-    down = y - y[0]
-    landed = np.flatnonzero((down[:-1] > 0.03) & (np.diff(y) < -0.003))  # the first time, as it may come lower later
-    low = int(landed[0]) if len(landed) else int(y.argmax())
-    drop = down[low]
-    found = {"goes down": drop / 0.03, "not aside": (0.03 + 0.2 * drop) / max(np.ptp(x), 1e-6)}
-    if low >= 3:  # from rest half of the time brings a quarter of the way; the landing may be between two frames
-        half = np.interp((at[0] + at[low]) / 2, at, y) - y[0]
-        found["ever faster"] = 0.45 / max(half / max(drop, 1e-6), 1e-6)
-    if low < len(at) - 1:
-        found["comes up again"] = (y[low] - y[low:].min()) / 0.01
-    return found
+    up = max(y[i] - y[i:].min() for i in range(len(at)))
+    return {
+        "goes down": (y.max() - y.min()) / 0.03,
+        "not aside": (0.03 + 0.2 * np.ptp(y)) / max(np.ptp(x), 1e-6),
+        "comes up again": up / 0.01,
+        **_pull(at, y),
+    }
 
 
 def _throw(seen, sense, partner):
     at = np.flatnonzero(seen.free)
-    if len(at) < 3:
-        return {}
     x, y = seen.positions[at].T
     top = int(y.argmin())
     way = 1 if sense == "right" else -1
-    rise = y[0] - y[top]
-    found = {
+    return {
         f"goes {sense}": way * (x[-1] - x[0]) / 0.025,
-        "goes up": rise / 0.015,
+        "goes up": (y[0] - y[top]) / 0.015,
         "comes down": (y[top:].max() - y[top]) / 0.015,
+        **_pull(at, y),
     }
-    start = top
-    while start > 0 and at[start - 1] == at[start] - 1:
-        start -= 1
-    if top - start >= 3:  # half of the time to the top brings three quarters of the way
-        rise = y[start] - y[top]
-        left = np.interp((at[start] + at[top]) / 2, at, y) - y[top]
-        found["slows going up"] = 0.42 / max(left / max(rise, 1e-6), 1e-6)
-    return found
 
 
 def _collide(seen, sense, partner):
