@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+SIZE = "keeps its size"  # the check that goes with every motion but one
 STILL = 0.025  # an object that moves less over a whole clip is still
 
 
@@ -74,7 +75,7 @@ def checks(kind, sense, seen, partner=None):
     found = _CHECKS[kind](seen, sense, partner) if kind == "occlude" or np.count_nonzero(seen.free) >= 2 else {}
     growth = _growth(seen)
     if found and kind != "resize" and growth is not None:
-        found["keeps its size"] = 0.2 / max(abs(np.log(max(growth, 1e-3))), 1e-6)
+        found[SIZE] = 0.2 / max(abs(np.log(max(growth, 1e-3))), 1e-6)
     return found
 
 
