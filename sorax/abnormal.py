@@ -59,6 +59,8 @@ def abnormal_events(video, tracks=None):
         back = _reversed(track)
         if (come := _missing(back, free[::-1], _backwards(scene, track, back))) is not None:
             starts.append((len(video) - 1 - come, track))
+        elif (parted := _parted(track, tracks)) is not None:
+            events.append(parted)
         events += _blinks(track, free, scene)
     return sorted(events + _pair(ends, starts, tracks, scene), key=lambda event: (event.frame, event.kind))
 
@@ -127,7 +129,8 @@ def _hides(scene, track, radius, last, frame, place, doubt):
         # what has come just as this one went may be the same thing changed
         if other is track or not other.seen[: last + 1].any():
             continue
-        cover = 1.3 * _typical_radius(other, other.whole)
+        front = _typical_radius(other, other.whole)
+        cover = max(1.15 * front - 0.6 * radius, 0.25 * front)
         if np.linalg.norm(_filled(other)[frame] - place) <= cover + doubt:
             return True
     return False
@@ -153,6 +156,23 @@ def _missing(track, free, scene, patience=1):
         late = late + 1 if frame > last + 1 else 1
         if late > patience:
             return frame
+    return None
+
+
+def _parted(track, tracks):
+    """The event that a track began as a piece of another, which is smaller from then on though nothing hides it."""
+    first = int(np.flatnonzero(track.seen)[0])
+    for other in tracks:
+        if other is track or first == 0 or not (other.seen[first - 1] and other.seen[first]):
+            continue
+        hidden = other.touch | other.bar
+        if hidden[first - 1] or hidden[first] or track.touch[first] or track.bar[first]:
+            continue
+        before, now = other.area[first - 1], other.area[first]
+        alike = np.linalg.norm(_lab(track.rgb) - _lab(other.rgb)) < TINT
+        near = np.linalg.norm(track.positions[first] - other.positions[first]) < 3 * other.radius[first - 1]
+        if alike and near and now < 0.85 * before and now + track.area[first] < 1.3 * before:
+            return Event("split", first, *map(float, track.positions[first]))
     return None
 
 
@@ -218,11 +238,13 @@ def _jumps(track, free, scene):
     steps = np.diff(place, axis=0) / gaps[:, None]
     bends = np.linalg.norm(np.diff(steps, axis=0), axis=-1)[(gaps[1:] == 1) & (gaps[:-1] == 1)]
     for i in range(len(steps)):
-        around = [steps[k] for k in (i - 1, i + 1) if 0 <= k < len(steps)]
+        around = [steps[k] for k in (i - 1, i + 1) if 0 <= k < len(steps) and gaps[k] == 1]
+        if not around or (len(around) == 1 and gaps[i] > 1):
+            continue
         pace = max(np.linalg.norm(v) for v in around)
         if len(around) == 2:
             low, high, slack = np.minimum(*around), np.maximum(*around), 0.02 + 0.3 * pace
-        else:  # at either end of the clip it may have bounced off a wall or the floor, or another object
+        else:  # at either end of what is seen it may have bounced off a wall or the floor, or another object
             high = 1.6 * np.abs(around[0])
             low, slack = -high, 0.05 + 0.3 * pace
             if _someone_near(track, scene, at[i], place[i], 2 * (pace + np.linalg.norm(steps[i])) * gaps[i]):
@@ -264,7 +286,7 @@ def _changes(track, free, scene):
     found = [event("recolor", at[np.argmax(off)])] if off.any() else []
     frame = _other_size(track, at)
     if frame is None:
-        frame = _other_shape(track, at, scene.shapes)
+        frame = _other_shape(track, np.flatnonzero(free & track.whole), scene.shapes)
     return found + ([] if frame is None else [event("deform", frame)])
 
 
@@ -273,7 +295,7 @@ def _other_size(track, at, moving=0.12, jump=0.1, back=0.12):
     sizes = np.log(track.radius[at])
     spread = np.linalg.norm(track.positions[at] - np.median(track.positions[at], axis=0), axis=-1).max()
     off = np.abs(sizes - np.median(sizes))
-    if spread > 0.03 + 0.2 * np.exp(np.median(sizes)):
+    if spread > 0.015 + 0.1 * np.exp(np.median(sizes)):
         if not (off > moving).any():
             return None
         jumps = np.abs(np.diff(sizes))

@@ -51,13 +51,15 @@ def find_bar(video, tolerance=30, chroma=24, share=0.8):
     lines = lines if axis == 1 else lines.swapaxes(0, 1)
     grey = lines[(low + high) // 2]
 
-    def part(at, outside):  # of a line of pixels beside it that it covers too
-        if not 0 <= outside < len(lines):
-            return 0.0
-        return float(np.clip(np.median(project(lines[at], lines[outside], grey)[0]), 0, 1))
+    def covers(inner, step):  # how much of the outermost line that looks grey, and of the one beside it
+        beyond = inner + 2 * step
+        if not 0 <= beyond < len(lines):
+            return 0.5 if 0 <= inner + step < len(lines) else 0.0
+        parts = [np.median(project(lines[at], lines[beyond], grey)[0]) for at in (inner, inner + step)]
+        return float(np.clip(parts, 0, 1).sum()) - 1
 
-    return Bar(axis, (low - part(low - 1, low - 2)) / min(height, width),
-               (high + part(high, high + 1)) / min(height, width))  # fmt: skip
+    short = min(height, width)
+    return Bar(axis, (low - covers(low, -1)) / short, (high + covers(high - 1, 1)) / short)
 
 
 def background(pixels, distance, bar=None, named=28.0, near=24.0):
@@ -90,16 +92,17 @@ def background(pixels, distance, bar=None, named=28.0, near=24.0):
     sees = (tone == label) & ~ndimage.maximum_filter(tone < 0, (1, HALO, HALO))
     count = sees.sum(0)
     picture = np.einsum("thwc,thw->hwc", pixels, sees.astype(np.float32)) / np.maximum(count, 1)[..., None]
+    meet = ndimage.maximum_filter(label, 5) != ndimage.minimum_filter(label, 5)
     for k in range(len(tones)):
-        region, clear = label == k, (label == k) & (count > 0)
+        region = label == k
+        hidden, clear = region & (count == 0), region & (count > 0) & ~meet
         if not clear.any():
-            picture[region] = tones[k]
-        elif (region & ~clear).any():
+            picture[hidden] = tones[k]
+        elif hidden.any():
             row, col = ndimage.distance_transform_edt(~clear, return_distances=False, return_indices=True)
-            hidden = region & ~clear
             picture[hidden] = picture[row[hidden], col[hidden]]
     # where two tones meet, a pixel is a mixture of them in every frame that does not hide it
-    rows, cols = np.nonzero(ndimage.maximum_filter(label, 5) != ndimage.minimum_filter(label, 5))
+    rows, cols = np.nonzero(meet)
     if len(rows):
         band = pixels[:, rows, cols]
         off = np.full(band.shape[:2], np.inf, np.float32)

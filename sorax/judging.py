@@ -9,7 +9,7 @@ import math
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from sorax.motion_kinds import STILL, checks, fit_line, seen_track, seen_truth, speed
+from sorax.motion_kinds import SIZE, STILL, checks, fit_line, seen_track, seen_truth, speed
 from sorax.parser import lasting, parse_clip
 
 SHORT = ("color", "shape", "count", "direction", "motion")  # what a short caption speaks of
@@ -129,7 +129,7 @@ def _motion(truth, ideals, own, frame, enough):
         other = next((j for j, o in enumerate(truth.objects) if j != k and o.motion == thing.motion == "collide"), None)
         ideal = checks(thing.motion, thing.sense, ideals[k], None if other is None else ideals[other])
         wanted = [name for name, value in ideal.items() if value >= MARGIN]
-        if not wanted or (enough and k not in own):
+        if set(wanted) <= {SIZE} or (enough and k not in own):
             continue
         partner = own.get(other) if other is not None else None
         shown = {}

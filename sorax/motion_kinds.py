@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+SIZE = "keeps its size"  # the check that goes with every motion but one
 STILL = 0.025  # an object that moves less over a whole clip is still
 
 
@@ -71,9 +72,11 @@ def checks(kind, sense, seen, partner=None):
 
     kind, sense: of data_pipelines.world.ObjectTruth; partner: Seen of what it collides with.
     """
-    if kind != "occlude" and np.count_nonzero(seen.free) < 2:
-        return {}
-    return _CHECKS[kind](seen, sense, partner)
+    found = _CHECKS[kind](seen, sense, partner) if kind == "occlude" or np.count_nonzero(seen.free) >= 2 else {}
+    growth = _growth(seen)
+    if found and kind != "resize" and growth is not None:
+        found[SIZE] = 0.2 / max(abs(np.log(max(growth, 1e-3))), 1e-6)
+    return found
 
 
 def speed(kind, seen):
@@ -129,13 +132,7 @@ def _growth(seen):
 
 
 def _still(seen, sense, partner):
-    found = {}
-    if seen.free.any():
-        found["rests"] = 0.06 / max(_rest(seen), 1e-6)
-    growth = _growth(seen)
-    if growth is not None:
-        found["keeps its size"] = 0.2 / max(abs(np.log(max(growth, 1e-3))), 1e-6)
-    return found
+    return {"rests": 0.06 / max(_rest(seen), 1e-6)}
 
 
 def _straight(seen, sense, partner):
@@ -148,72 +145,64 @@ def _straight(seen, sense, partner):
     return {"moves": moved / STILL, "on a line": (0.02 + 0.2 * moved) / max(off, 1e-6)}
 
 
-def _turning_point(along):
-    """(its number, how far it goes there and back, 1 or -1) of the best reversal of a coordinate along [n]; or None."""
-    best = None
+def _turns_back(along):
+    """Reversals of a coordinate along [n]: (number, how far it goes there and back, 1 or -1)."""
     for way in (1, -1):
         values = way * along
         for i in range(1, len(along) - 1):
-            back = min(values[i] - values[:i].min(), values[i] - values[i + 1 :].min())
-            if values[i] >= max(values[i - 1], values[i + 1]) and (best is None or back > best[1]):
-                best = i, back, way
-    return best
+            if values[i] >= max(values[i - 1], values[i + 1]):
+                yield i, min(values[i] - values[:i].min(), values[i] - values[i + 1 :].min()), way
 
 
 def _bounce(seen, sense, partner):
     at = np.flatnonzero(seen.free)
     best = 0.0
     for axis in (0, 1):
-        turn = _turning_point(seen.positions[at, axis])
-        if turn is None:
-            continue
-        i, back, way = turn
-        along, frame = seen.positions[at, axis], at[i]
-        wall = seen.frame[axis] if way > 0 else 0.0
-        steps = np.abs(np.diff(along))
-        near = abs(wall - along[i]) <= 1.5 * seen.radius[frame] + steps.max() + 0.01
-        # sharply, not as a throw turns at its top: two steps away it is as fast as ever
-        beside = [steps[k] for k in (i - 2, i + 1) if 0 <= k < len(steps)]
-        if near and (not beside or max(beside) > 0.4 * steps.max()):
-            best = max(best, back / 0.015)
+        along = seen.positions[at, axis]
+        steps = np.abs(np.diff(along)) / np.diff(at)
+        for i, back, way in _turns_back(along):
+            wall = seen.frame[axis] if way > 0 else 0.0
+            near = abs(wall - along[i]) <= 1.5 * seen.radius[at[i]] + steps.max() + 0.01
+            # sharply, not as a throw turns at its top: two steps away it is as fast as ever
+            beside = [steps[k] for k in (i - 2, i + 1) if 0 <= k < len(steps)]
+            if near and (not beside or max(beside) > 0.4 * steps.max()):
+                best = max(best, back / 0.015)
     return {"comes back from a wall": best}
+
+
+def _pull(at, y):
+    """Whether its steps turn downward, one after another, but where it bounces; {} if too few are seen."""
+    three = np.flatnonzero((np.diff(at)[:-1] == 1) & (np.diff(at)[1:] == 1))
+    first, second = y[three + 1] - y[three], y[three + 2] - y[three + 1]
+    flies = ~((first > 0) & (second < 0)) & (np.maximum(abs(first), abs(second)) > 0.003)
+    if np.count_nonzero(flies) < 2:
+        return {}
+    return {"is pulled down": 0.3 / max(np.mean((second - first)[flies] <= 0.0003), 0.01)}
 
 
 def _fall(seen, sense, partner):
     at = np.flatnonzero(seen.free)
-    if len(at) < 2:
-        return {}
     x, y = seen.positions[at].T
-    down = y - y[0]
-    landed = np.flatnonzero((down[:-1] > 0.03) & (np.diff(y) < -0.003))  # the first time, as it may come lower later
-    low = int(landed[0]) if len(landed) else int(y.argmax())
-    drop = down[low]
-    found = {"goes down": drop / 0.03, "not aside": (0.03 + 0.2 * drop) / max(np.ptp(x), 1e-6)}
-    if low >= 3:  # from rest half of the time brings a quarter of the way; the landing may be between two frames
-        half = np.interp((at[0] + at[low]) / 2, at, y) - y[0]
-        found["ever faster"] = 0.45 / max(half / max(drop, 1e-6), 1e-6)
-    if low < len(at) - 1:
-        found["comes up again"] = (y[low] - y[low:].min()) / 0.01
-    return found
+    up = max(y[i] - y[i:].min() for i in range(len(at)))
+    return {
+        "goes down": (y.max() - y.min()) / 0.03,
+        "not aside": (0.03 + 0.2 * np.ptp(y)) / max(np.ptp(x), 1e-6),
+        "comes up again": up / 0.01,
+        **_pull(at, y),
+    }
 
 
 def _throw(seen, sense, partner):
     at = np.flatnonzero(seen.free)
-    if len(at) < 3:
-        return {}
     x, y = seen.positions[at].T
     top = int(y.argmin())
     way = 1 if sense == "right" else -1
-    rise = y[0] - y[top]
-    found = {
+    return {
         f"goes {sense}": way * (x[-1] - x[0]) / 0.025,
-        "goes up": rise / 0.015,
+        "goes up": (y[0] - y[top]) / 0.015,
         "comes down": (y[top:].max() - y[top]) / 0.015,
+        **_pull(at, y),
     }
-    if top >= 3:  # half of the time to the top brings three quarters of the way
-        left = np.interp((at[0] + at[top]) / 2, at, y) - y[top]
-        found["slows going up"] = 0.42 / max(left / max(rise, 1e-6), 1e-6)
-    return found
 
 
 def _collide(seen, sense, partner):

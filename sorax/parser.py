@@ -38,7 +38,7 @@ def parse_clip(video, colors=None, shapes=None):
         from data_pipelines import world
 
         colors, shapes = colors or world.COLORS, shapes or world.SHAPES
-    palette = tuple((name, tuple(int(v) for v in rgb)) for name, rgb in colors.items())
+    palette = _palette(colors)
     nearest, distance = _nearest_named(video, palette)
     pixels = video.astype(np.float32)
     bar = find_bar(video)
@@ -65,7 +65,16 @@ def lasting(track, share=0.75):
     return track.span >= share and track.seen.mean() >= share / 2
 
 
+def name_distance(video, colors):
+    """CIELAB distance (CIE 1976) of each pixel of a clip uint8 [T, H, W, 3] to the nearest of some named colours."""
+    return _nearest_named(video, _palette(colors))[1]
+
+
 # colour ----------------------------------------------------------------------------------------------------------
+
+
+def _palette(colors):
+    return tuple((name, tuple(int(v) for v in rgb)) for name, rgb in colors.items())
 
 
 def _lab(rgb):

@@ -8,6 +8,7 @@ import pytest
 from scipy import ndimage
 
 from data_pipelines.world import COLORS, DIRECTIONS, SHAPES, World, WorldConfig
+from experiments.bench.parser import own_tracks, whole_frames
 from sorax.judging import direction_of, judge
 from sorax.metrics import summarise
 from sorax.parser import lasting, parse_clip
@@ -79,6 +80,22 @@ def test_scenes_of_several_objects_are_read_right(motions):
     found = [judge(video, truth) for video, truth in clips(config, 60)]
     assert np.mean([j["joint"] for j in found]) >= 0.95
     assert np.mean([j["color"] for j in found]) >= 0.98
+
+
+def test_crowded_scenes_have_one_track_an_object_exact_where_it_is_whole():
+    worlds = [World(WorldConfig(shapes=((17, 64, 64),), num_objects=(3, 3), motions=motions, split="test", seed=2))
+              for motions in (("collide", "orbit", "throw"), ("occlude", "fall", "straight"))]  # fmt: skip
+    for world in worlds:
+        for index in range(12):
+            scene, truth, video = world.scene(index), world.truth(index), world[index]["video"]
+            own, extra = own_tracks(parse_clip(video), truth)
+            assert extra == 0 and all(len(tracks) == 1 for tracks in own)
+            for k, whole in enumerate(whole_frames(scene, truth, video.shape[:3])):
+                (track,) = own[k]
+                assert (track.color, track.shape) == (truth.objects[k].color, truth.objects[k].shape) or not whole.any()
+                assert track.seen[truth.visible[k] > 0.5].all()
+                errors = np.linalg.norm(track.positions - truth.position[k], axis=-1)[whole]
+                assert (errors <= 0.002).all() and np.allclose(track.radius[whole], truth.radius[k][whole], rtol=0.05)
 
 
 def test_images_and_wide_clips_are_read_right():
