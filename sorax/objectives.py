@@ -99,7 +99,7 @@ class DataConfig:
     # VAE only
     crop: tuple[int, int, int] | None = None  # (frames, height, width), 0 as it is: larger clips are cut to it
     # What comes before, such as images and then small clips: dicts of `steps` and of the keys above (or `world`) that
-    # differ. Of a captioner: see `sorax.captioner_objective`.
+    # differ. Of a captioner: of `steps`, a `caption_mix` and a `row_text`.
     stages: tuple = ()
     # DiT only
     row_tokens: int = 16384
