@@ -3,7 +3,7 @@
     sorax train --config experiments/modes.py --workdir runs/modes
     sorax sample --run runs/modes --video clip.mp4 --extend forward --seconds 2 --out longer.mp4
 
-Masks of all modes are drawn in training (`flow.given`); three clips in ten are made from text alone. Clips of up to 13
+The object moves through the frame, bounces, or passes behind a bar. Masks of all modes are drawn in training (`flow.given`); three clips in ten are made from text alone. Clips of up to 13
 frames are windows of 7 latent frames, of which two or more are given when a video goes on.
 """
 
@@ -15,7 +15,7 @@ SHAPES = ((13, 32, 32),) * 6 + ((9, 32, 32),) * 3 + ((5, 32, 32),) * 2 + ((1, 32
 
 def get_world():
     return ConfigDict(
-        dict(num_samples=5000, shapes=SHAPES, fps=6.0, extent=5.0, num_objects=(1, 1), motions=("straight", "bounce"),
+        dict(num_samples=5000, shapes=SHAPES, fps=6.0, extent=5.0, num_objects=(1, 1), motions=("straight", "bounce", "occlude"),
              backgrounds=("plain",))
     )  # fmt: skip
 
@@ -56,6 +56,7 @@ def get_config():
     )  # fmt: skip
     config.data = dict(
         path="world", world=get_world(), batch=32, row_tokens=96, row_text=64, max_segments=16, val_samples=64,
+        tokenizer="bpe",
     )  # fmt: skip
     config.optim = dict(
         optimizer="muon", lr=3e-2, vector_lr=3e-2, warmup_steps=20, final_lr=0.02, b2=0.99, ema_decay=0.995
