@@ -245,7 +245,8 @@ def _jumps(track, free, scene):
         if len(around) == 2:
             low, high, slack = np.minimum(*around), np.maximum(*around), 0.02 + 0.3 * pace
         else:  # at either end of what is seen it may have bounced off a wall or the floor, or another object
-            high = 1.6 * np.abs(around[0])
+            near = [k for k in (i - 2, i - 1, i + 1, i + 2) if 0 <= k < len(steps) and gaps[k] == 1]
+            high = 1.6 * np.abs(steps[near]).max(0)
             low, slack = -high, 0.05 + 0.3 * pace
             if _someone_near(track, scene, at[i], place[i], 2 * (pace + np.linalg.norm(steps[i])) * gaps[i]):
                 continue

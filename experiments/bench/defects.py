@@ -97,7 +97,8 @@ def _swap_color(scene, truth, k, m, clear, size, world, draw):
 def _swap_shape(scene, truth, k, m, clear, size, world, draw):
     shape = draw.choice([name for name in SHAPES if name != scene.bodies[k].shape])
     changed = _with(scene, k, dataclasses.replace(scene.bodies[k], shape=str(shape)))
-    return _join(scene, changed, m, size, world) if _around(clear, m) else None
+    after = _clear(changed, world.scene_truth(changed, **size), k, size["height"], size["width"])
+    return _join(scene, changed, m, size, world) if _around(clear & after, m) else None
 
 
 def _delete(scene, truth, k, m, clear, size, world, draw):
