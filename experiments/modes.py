@@ -3,8 +3,9 @@
     sorax train --config experiments/modes.py --workdir runs/modes
     sorax sample --run runs/modes --video clip.mp4 --extend forward --seconds 2 --out longer.mp4
 
-The object moves through the frame, bounces, or passes behind a bar. Masks of all modes are drawn in training (`flow.given`); three clips in ten are made from text alone. Clips of up to 13
-frames are windows of 7 latent frames, of which two or more are given when a video goes on.
+The object moves through the frame, bounces, or passes behind a bar. Masks of all modes are drawn in training
+(`flow.given`); three clips in ten are made from text alone. Clips of up to 13 frames are windows of 7 latent frames, of
+which two or more are given when a video goes on.
 """
 
 from ml_collections import ConfigDict
@@ -15,8 +16,8 @@ SHAPES = ((13, 32, 32),) * 6 + ((9, 32, 32),) * 3 + ((5, 32, 32),) * 2 + ((1, 32
 
 def get_world():
     return ConfigDict(
-        dict(num_samples=5000, shapes=SHAPES, fps=6.0, extent=5.0, num_objects=(1, 1), motions=("straight", "bounce", "occlude"),
-             backgrounds=("plain",))
+        dict(num_samples=5000, shapes=SHAPES, fps=6.0, extent=5.0, num_objects=(1, 1),
+             motions=("straight", "bounce", "occlude"), backgrounds=("plain",))
     )  # fmt: skip
 
 

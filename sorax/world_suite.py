@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from data_pipelines.caption_kinds import behind
+from data_pipelines.caption_kinds import CAPTION, ORIGINAL, behind, parse_mix
 from data_pipelines.phyworld import PhyWorld
 from data_pipelines.sources import open_source
 from data_pipelines.world import World
@@ -129,7 +129,7 @@ def world_parts(run, makers: Makers, counts: Counts) -> tuple[list[Part], dict[s
     if run.config.data.get("path") == PhyWorld.name:
         return world_physics_parts(open_phyworld(run), makers, counts.clips)
     world = open_world(run)
-    trained = world.config.captions
+    trained = trained_styles(run, world)
     parts, left = [], {}
     for split in SPLITS:
         try:
@@ -206,14 +206,21 @@ def _judging(clips, asked):
     return judge_case
 
 
-def prompt_part(world: World, makers: Makers, count: int, split: str, style: str, trained: str) -> Part:
+def trained_styles(run, world: World) -> set[str]:
+    """Styles of captions, short and detailed, that a run was trained on: of the world's own, or those of its mix."""
+    own = {"short", "detailed"} if world.config.captions == "mixed" else {world.config.captions}
+    mix = parse_mix(run.config.data.get("caption_mix")) or {CAPTION: 1.0}
+    return set().union(*(own if kind in (CAPTION, ORIGINAL) else {kind} for kind in mix))
+
+
+def prompt_part(world: World, makers: Makers, count: int, split: str, style: str, trained: set[str]) -> Part:
     """Whether clips show what their captions say.
 
-    style: of captions. trained: the style that the run was trained on ("mixed": both).
+    style: of captions. trained: the styles that the run was trained on.
     """
     clips = _Clips(_changed(world, split=split, captions=style), count)
     asked = SHORT if style == "short" else DETAILED
-    strange = "" if trained in (style, "mixed") else f" The run has never seen {style} captions."
+    strange = "" if style in trained else f" The run has never seen {style} captions."
     return Part(
         name=f"prompts/{split}/{style}", title=f"Prompts, {SPLITS[split]}, {style} captions",
         about="Share of clips that show what the caption says, each made from its caption alone. Joint: everything "

@@ -17,8 +17,6 @@ import argparse
 import json
 import os
 import shutil
-import tempfile
-import time
 
 import numpy as np
 
@@ -26,16 +24,13 @@ from sorax.backend import configure
 
 configure()
 
-import jax  # noqa: E402
-
-from sorax import sharding  # noqa: E402
+from experiments.bench.variants import Results  # noqa: E402
 from sorax.config import load_config  # noqa: E402
 from sorax.dit_data import encode_experiment  # noqa: E402
 from sorax.evaluate import evaluate_run  # noqa: E402
-from sorax.objectives import complete, make_objective  # noqa: E402
-from sorax.optim import make_tx  # noqa: E402
+from sorax.objectives import complete  # noqa: E402
 from sorax.runs import load_run  # noqa: E402
-from sorax.train import make_init, make_step, train  # noqa: E402
+from sorax.train import train  # noqa: E402
 
 QUICKSTART = os.path.join(os.path.dirname(__file__), "..", "quickstart.py")
 ADAMW = ("optim.optimizer=adamw", "optim.lr=1.5e-3", "optim.vector_lr=0.0")
@@ -82,29 +77,6 @@ def experiment(name, options, *, seed=0, steps=None):
     )  # fmt: skip
 
 
-def step_cost(names, options, rounds=8) -> dict:
-    """Median CPU seconds of a training step of each variant, in turns."""
-    mesh, runs = sharding.make_mesh(), {}
-    for name in names:
-        config = experiment(name, options)
-        with tempfile.TemporaryDirectory() as folder:
-            objective = make_objective(config, folder, mesh)
-            batch = next(objective.batches(0))
-        tx = make_tx(objective.optims, options.steps, objective.lr_factor)
-        step = jax.jit(make_step(objective, tx, 0.99, 1), donate_argnums=0)
-        state = jax.jit(make_init(objective, tx))(jax.random.key(0))
-        state, _ = step(state, batch, objective.constants)
-        runs[name] = [step, state, batch, objective.constants, []]
-    for _ in range(rounds):
-        for run in runs.values():
-            step, state, batch, constants, taken = run
-            began = time.process_time()
-            run[1], _ = step(state, batch, constants)
-            jax.block_until_ready(run[1])
-            taken.append(time.process_time() - began)
-    return {name: float(np.median(run[-1])) for name, run in runs.items()}
-
-
 def run(name, seed, steps, options) -> dict:
     """Trains one variant and gives its validation losses (and scores)."""
     folder = os.path.join(options.out, f"{name}_{seed}_{steps}")
@@ -118,25 +90,6 @@ def run(name, seed, steps, options) -> dict:
             found[f"joint_{split}"] = entry["prompts"]["model"]["joint"]["rate"]
     shutil.rmtree(folder)  # a result is a line; checkpoints would fill the disk
     return found
-
-
-class Results:
-    """Lines of OUT/results.jsonl."""
-
-    def __init__(self, folder):
-        self.path = os.path.join(folder, "results.jsonl")
-        self.rows = []
-        if os.path.exists(self.path):
-            with open(self.path) as f:
-                self.rows = [json.loads(line) for line in f]
-
-    def find(self, **values):
-        return next((row for row in self.rows if all(row.get(k) == v for k, v in values.items())), None)
-
-    def add(self, **row):
-        self.rows.append(row)
-        with open(self.path, "a") as f:
-            f.write(json.dumps(row) + "\n")
 
 
 def table(results, options):
@@ -177,19 +130,13 @@ def main():
         encode_experiment(load_config(QUICKSTART, [], complete), options.vae, latents)
     results = Results(options.out)
     first = {name: next(iter(group)) for group in GROUPS.values() for name in group}
-    missing = {n for name in names for n in (name, first[name]) if not results.find(cost_of=n)}
-    if missing:
-        together = sorted(missing | {first[name] for name in missing})
-        for name, seconds in step_cost(together, options).items():
-            if name in missing:
-                results.add(cost_of=name, cpu_seconds=seconds)
-                print(f"{name}: {seconds:.3f} CPU seconds a step", flush=True)
+    together = sorted({*names, *(first[name] for name in names)})
+    cost = results.costs({name: experiment(name, options) for name in together})
     for seed in range(options.seeds):
         for name in names:
             key = dict(variant=name, seed=seed, budget=options.steps)
             if results.find(**key) and not (options.score and "joint_test" not in results.find(**key)):
                 continue
-            cost = {n: results.find(cost_of=n)["cpu_seconds"] for n in (name, first[name])}
             steps = round(options.steps * cost[first[name]] / cost[name])
             results.add(**key, steps=steps, **run(name, seed, steps, options))
     table(results, options)

@@ -54,7 +54,7 @@ def score(video, truth, given, copy, original, is_loop):
     found = {name: bool(right) for name, right in judge(video, truth, tracks=tracks).items() if right is not None}
     made = dict(kept=None, copy=None, position=None, velocity=None, seam=None)
     if given:
-        made |= {name: min(99.0, psnr(some[given], original[given])) for name, some in dict(kept=video, copy=copy).items()}
+        made["kept"], made["copy"] = (min(99.0, psnr(some[given], original[given])) for some in (video, copy))
     if not is_loop:
         made["position"] = position_error(tracks, truth, given)
     track = tracks[0] if tracks else None
