@@ -5,8 +5,8 @@
 
 The table of DALL-E 3 (Betker et al. 2023), exact: the world is its own judge. --captions is what `sorax caption` wrote
 for the world of `experiments/captions_world.py`, --expander a run of `experiments/expander_world.py`. `original` are
-the captions that the clips came with, which are short. All variants train on the CPU time of --steps steps of `original`:
-long captions take more time a step, and get fewer steps.
+the captions that the clips came with, which are short. All variants train on the CPU time of --steps steps of
+`original`: long captions take more time a step, and get fewer steps.
 
 Prompts are the short and the detailed captions of clips that nobody trains on, and the short ones expanded. Asked of
 all, `said`: colour, shape, count, direction, motion, as short captions say them. Asked of longer prompts, `all`: size,
