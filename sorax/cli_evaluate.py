@@ -32,9 +32,10 @@ def add_verb(verbs, several):
                       "--data.world.shapes='((17,256,448),)'")  # fmt: skip
     verb.add_argument("--lpips", default="", metavar="FILE", help="of copies: LPIPS weights, see sorax/lpips.py")
     verb.add_argument("--seed", type=int, default=0, help="of samples, with --suite video and vbench")
+    verb.add_argument("--samples", type=int, default=None, help="of a prompt, with --suite world (in its reliability "
+                      "part, default 16) and vbench (default 5; it wants 25 for temporal flickering)")  # fmt: skip
     world = verb.add_argument_group("--suite world")
     world.add_argument("--prompts", type=int, default=200, help="of the reliability part (default: %(default)s)")
-    world.add_argument("--samples", type=int, default=16, help="of each of these prompts (default: %(default)s)")
     world.add_argument("--parts", nargs="+", default=(), metavar="NAME", help="these alone, such as reliability or "
                        "prompts/test (default: all)")  # fmt: skip
     world.add_argument("--verify", default="", metavar="REPORT", help="make a random part of this report again, with "
@@ -112,7 +113,8 @@ def _world(arguments, overrides):
     if arguments.lpips:
         raise UserError("--lpips is for a VAE: name its folder with --run, without --suite")
     run = with_data(load_run(arguments.workdir, arguments.weights), arguments.data, overrides)
-    counts = Counts(arguments.clips or 64, arguments.prompts, arguments.samples)
+    samples = 16 if arguments.samples is None else arguments.samples
+    counts = Counts(arguments.clips or 64, arguments.prompts, samples)
     scores = evaluate_world(run, arguments.out, counts=counts, only=arguments.parts, **_sampling(arguments))
     if scores is not None:
         print("\n".join(summary_lines(scores)))
@@ -138,13 +140,15 @@ def _video(arguments, overrides):
 
 def _vbench(arguments):
     from sorax.runs import load_run
-    from sorax.vbench import write_layout
+    from sorax.vbench import SAMPLES, write_layout
 
     if not arguments.prompt_file:
         raise UserError("--suite vbench needs --prompt-file: VBench's prompts, one a line")
     run = load_run(arguments.workdir, arguments.weights)
-    made = write_layout(run, arguments.prompt_file, arguments.out, names_file=arguments.names_file, seed=arguments.seed,
-                        **_sampling(arguments, "solver"))  # fmt: skip
+    made = write_layout(
+        run, arguments.prompt_file, arguments.out, names_file=arguments.names_file, seed=arguments.seed,
+        samples=SAMPLES if arguments.samples is None else arguments.samples, **_sampling(arguments, "solver"),
+    )  # fmt: skip
     print(f"{made} videos made: {os.path.join(arguments.out, 'samples')} is what VBench's own tool reads")
 
 
