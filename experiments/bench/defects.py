@@ -138,12 +138,12 @@ def _teleport(scene, truth, k, m, clear, size, world, draw):
 
 def _stretch(scene, truth, k, m, clear, size, world, draw):
     """1.5 times as long along one axis from frame m on."""
-    if not clear[m - 2 :].all():
+    height, width = size["height"], size["width"]
+    if not _clear(scene, truth, k, height, width, apart=0.04 + 0.5 * truth.radius[k].max())[m - 2 :].all():
         return None
     body, axis = scene.bodies[k], int(draw.integers(2))
     video = _join(scene, _with(scene, k), m, size, world)
-    height, width, n = size["height"], size["width"], OVERSAMPLE
-    times = np.arange(m, len(video))
+    n, times = OVERSAMPLE, np.arange(m, len(video))
     centre, radius = truth.position[k, m:] * min(height, width) * n, truth.radius[k, m:] * min(height, width) * n
     fine = coverage(body.shape, centre, radius, np.zeros((len(times), 2)), height * n, width * n)
     for i, t in enumerate(times):
