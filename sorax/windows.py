@@ -2,8 +2,9 @@
 
 A timeline is counted in latent frames: 0 is the first frame, g > 0 the frames stride * (g - 1) + 1 .. stride * g. A
 window [start, stop) is a clip by itself, as those of training are: its first frame is the last one of latent frame
-`start`, and what is there already of its frames (made before, or given by the user) is encoded and given. Its new
-latents go to one decoder for the whole video (`sorax.stream.DecodeStream`): no seams, and memory that does not grow.
+`start`, and what is there already of its frames (made before, or given by the user) is encoded and given, and encoded
+again when what comes before it is made. Its new latents go to one decoder for the whole video
+(`sorax.stream.DecodeStream`): no seams, and memory that does not grow.
 """
 
 import dataclasses
@@ -294,7 +295,20 @@ class _Maker:
         self.windows += 1
         request = Request(self._prompt(window.first), hi - lo, canvas.height, canvas.width, seed=self.job.seed,
                           negative_prompt=self.job.negative_prompt, noise=noise, given=given, edit=edit)  # fmt: skip
-        return (yield request)
+        latents = yield request
+        return latents if given is None else (yield from self._settled(latents, mask, frames, known))
+
+    def _settled(self, latents, mask, frames, known):
+        """Latents in which what is given behind or beside what was made is encoded with that as its past.
+
+        Before, it was encoded as if nothing had moved until then: the decoder, which sees another past, would blur it.
+        """
+        behind = mask & (np.cumsum(~mask.all(axis=(1, 2))) > 0)[:, None, None]
+        if not behind.any():
+            return latents
+        made = yield _Decode(latents)
+        whole = self.generator.codec.encode([np.where(known[..., None], frames, made)])[0]
+        return np.where(behind[..., None], whole, latents)
 
     def _first_frame(self, group: int) -> int:
         return (group - 1) * self.stride + 1 if group else 0

@@ -90,6 +90,16 @@ def test_jobs_of_all_modes_in_one_batch_are_those_alone_and_keep_what_is_given()
         assert np.abs(alone.astype(int) - videos[number]).max() <= 1
 
 
+def test_what_is_given_behind_new_frames_is_encoded_with_them_as_its_past():
+    generator, given, latents, frames = tiny_generator(), clip(4), [], []
+    job = Job(modes.extend(given, 5, 2, backward=True), "a", 1)
+    make(generator, [job], on_latents=lambda _, z: latents.append(z), on_frames=lambda _, x: frames.append(x),
+         **SETTINGS)  # fmt: skip
+    made = np.concatenate(frames)
+    whole = generator.codec.encode([np.concatenate([made[:5], given])])[0]
+    np.testing.assert_allclose(np.concatenate(latents)[3:], whole[3:], atol=1e-5)
+
+
 def test_frames_come_in_order_and_with_their_latents():
     generator, frames, latents = tiny_generator(), [[], []], [[], []]
     jobs = [Job(modes.text(15, H, W), "a", 1), Job(modes.text(5, H, W), "b", 2)]

@@ -77,6 +77,7 @@ def main():
     parser.add_argument("--clips", type=int, default=64)
     parser.add_argument("--frames", type=int, default=13)
     parser.add_argument("--steps", type=int, default=0)
+    parser.add_argument("--modes", nargs="+", help="these alone, such as image connect")
     parser.add_argument("--sheet", default="", help="PNG with the first clip of each mode")
     settings = parser.parse_args()
 
@@ -107,7 +108,7 @@ def main():
     copies = generator.codec.decode(generator.codec.encode(originals))
     asked = [canvases(video, stride, height, width) for video in originals]
     shown, warned = [originals[0]], set()
-    for mode in asked[0]:
+    for mode in settings.modes or asked[0]:
         jobs = [Job(some[mode][0], world.caption(i), seed=i) for i, some in enumerate(asked)]
 
         def look(number, request, mode=mode):
@@ -129,7 +130,7 @@ def main():
             words.append(f"{name} {100 * np.mean(right):.0f} % [{100 * low:.0f}, {100 * high:.0f}]" if right else "")
         print(f"{mode:24s} {'; '.join(words)}", flush=True)
     if settings.sheet:
-        media.write_sheet(settings.sheet, shown, ["truth", *asked[0]], columns=settings.frames, cell=48)
+        media.write_sheet(settings.sheet, shown, ["truth", *(settings.modes or asked[0])], columns=settings.frames, cell=48)
 
 
 if __name__ == "__main__":
