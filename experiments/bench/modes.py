@@ -130,7 +130,8 @@ def main():
             words.append(f"{name} {100 * np.mean(right):.0f} % [{100 * low:.0f}, {100 * high:.0f}]" if right else "")
         print(f"{mode:24s} {'; '.join(words)}", flush=True)
     if settings.sheet:
-        media.write_sheet(settings.sheet, shown, ["truth", *(settings.modes or asked[0])], columns=settings.frames, cell=48)
+        labels = ["truth", *(settings.modes or asked[0])]
+        media.write_sheet(settings.sheet, shown, labels, columns=settings.frames, cell=48)
 
 
 if __name__ == "__main__":
