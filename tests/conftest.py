@@ -1,5 +1,6 @@
 """Every test sees 8 CPU devices, so that sharding is tested wherever the suite runs; and a run to look at."""
 
+import fcntl
 import os
 import pathlib
 import signal
@@ -9,7 +10,9 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of a test's time is XLA's; what several tests (or runs of the suite) compile alike is compiled once.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "xla"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+# Programs that compile faster and run slower, to the same numbers; those of the processes that tests start, too.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # A suite that runs in the background of a shell ignores interrupts, and so would the programs that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 _flag = "--xla_force_host_platform_device_count=8"
@@ -34,20 +37,31 @@ def tiny_config(*overrides):
 
 
 @pytest.fixture(scope="module")
-def quick_compiler():
-    """For tests whose time is XLA's: programs compile faster and run slower, to the same numbers."""
+def optimized():
+    """For tests whose time is that of their programs, or which are about what the compiler makes of them."""
     import jax
 
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
-    """Folder of a finished run of `tiny_config()`, its VAE's in `vae`. Shared by all tests: copy it to change it."""
+    """Folder of a finished run of `tiny_config()`, its VAE's in `vae`. Shared by all tests: copy it to change it.
+
+    One for all workers of the suite: who comes first trains it, and another waits.
+    """
     from sorax.train import train
 
-    workdir = str(tmp_path_factory.mktemp("runs") / "tiny")
-    train(tiny_config(), workdir)
-    return workdir
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    workdir, done = shared / "tiny", shared / "tiny.done"
+    with open(shared / "tiny.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            train(tiny_config(), str(workdir))
+            done.touch()
+    return str(workdir)

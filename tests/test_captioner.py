@@ -26,7 +26,6 @@ def random_captioner(config):
 
 
 GRAPH, PARAMS = random_captioner(CONFIG)
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 LENGTHS, TEXTS = (5, 3, 6), (4, 6, 2)  # of three samples: patches, tokens with the end mark
 
 

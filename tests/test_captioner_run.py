@@ -19,7 +19,6 @@ from sorax.errors import UserError
 from sorax.objectives import DataConfig, complete
 from sorax.train import train
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
 TINY = ("model.encoder_layers=1", "model.decoder_layers=1", "model.num_heads=1", "model.head_dim=8", "model.ffn_dim=16",
         "data.batch=8", "data.max_segments=2", "data.world.num_samples=24", "data.val_samples=4", "train.steps=4",

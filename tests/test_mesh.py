@@ -17,7 +17,6 @@ from sorax.dit import REMAT, DiT, DiTConfig
 from sorax.errors import UserError
 from sorax.optim import OptimConfig, make_tx
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 SHAPES = [s for s in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(s) == 8]
 CONFIG = DiTConfig(4, 4, (1, 1, 1), num_layers=2, num_heads=8, head_dim=8, ffn_dim=128, text_dim=32, freq_dim=32)
 GRAPH, PARAMS = random_params(DiT, CONFIG)
