@@ -249,6 +249,7 @@ def test_a_profile_is_a_trace_in_the_run_folder(tmp_path, monkeypatch):
 
 def test_tensorboard_is_told_every_value_at_once(tmp_path):
     """Without a thread, in which an interrupt could leave a lock that the process then waits for for ever."""
+    (tmp_path / "other").mkdir()
     RunLog(str(tmp_path / "other")).close()  # which imports tensorboardX, without PyTorch
     from tensorboardX import event_file_writer
     from tensorboardX.proto.event_pb2 import Event, SessionLog
