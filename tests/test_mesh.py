@@ -99,12 +99,17 @@ def test_activations_are_exchanged_and_summed_but_never_gathered(sizes):
         assert kernels and all(np.prod(s) == D * 128 // tensor for s in kernels)
 
 
+@functools.cache
+def training_state():
+    """Shapes of parameters and optimizer."""
+    tx = make_tx({"": OptimConfig()}, 10)
+    return jax.eval_shape(lambda p: (p, tx.init(p)), PARAMS)
+
+
 @each_mesh
 def test_parameters_and_optimizer_shrink_with_fsdp_context_and_tensor(sizes):
     _, fsdp, context, tensor = sizes
-    mesh = sharding.make_mesh(*sizes)
-    tx = make_tx({"": OptimConfig()}, 10)
-    state = jax.eval_shape(lambda p: (p, tx.init(p)), PARAMS)
+    mesh, state = sharding.make_mesh(*sizes), training_state()
     places = jax.tree.leaves(sharding.shardings_for(state, mesh))
     for (path, x), place in zip(jax.tree_util.tree_flatten_with_path(state)[0], places):
         path, held = sharding.path_string(path), np.prod(place.shard_shape(x.shape))
