@@ -45,17 +45,6 @@ def tiny_config(*overrides):
     return load_config(str(QUICKSTART), TINY + overrides)
 
 
-@pytest.fixture(scope="module")
-def optimized():
-    """For tests whose time is that of their programs, or which are about what the compiler makes of them."""
-    import jax
-
-    before = jax.config.jax_disable_most_optimizations
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
     """Folder of a finished run of `tiny_config()`, its VAE's in `vae`. Shared by all tests: copy it to change it.
