@@ -14,6 +14,11 @@ from sorax.sharding import path_string
 
 ITEMS = ("params", "ema_params", "opt_state", "rng")
 CHUNK_BYTES = 2**28  # of a stored array: what is read of it at a time costs one or two of these
+# Devices that have copies of an array share in writing it where the part of each is as large as this. Each part of each
+# shape is cut out by a program of its own: hundreds of small arrays would take longer to compile than to write.
+SHARED_BYTES = 2**20
+# (Set on the handler that there is: one that takes its place is warned of at every start.)
+ocp.type_handlers.get_type_handler(jax.Array)._min_slice_bytes_for_replica_parallel = SHARED_BYTES
 
 
 class Checkpoints:

@@ -11,11 +11,23 @@ import jax
 import numpy as np
 import rich.console
 import rich.progress
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
 
 from sorax.media import gif_bytes
+
+
+def _tensorboard():
+    """(EventsWriter, Event, SessionLog, Summary) of tensorboardX, which imports PyTorch where there is one. What is
+    written here needs none, and it takes seconds: tensorboardX is told that there is none."""
+    hidden = {} if "torch" in sys.modules else {"torch": None}
+    sys.modules.update(hidden)
+    try:
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto.summary_pb2 import Summary
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+    return EventsWriter, Event, SessionLog, Summary
 
 
 class RunLog:
@@ -32,14 +44,15 @@ class RunLog:
         self._file = open(self.path, "a", buffering=1)  # noqa: SIM115 (open as long as the run)
         board = os.path.join(workdir, "tensorboard")
         os.makedirs(board, exist_ok=True)
-        self._board = EventsWriter(os.path.join(board, "events"))
+        writer, self._Event, session, self._Summary = _tensorboard()
+        self._board = writer(os.path.join(board, "events"))
         # Points of later steps, left by an interrupted run, are not shown.
-        self._event(step=start_step + 1, session_log=SessionLog(status=SessionLog.START))
+        self._event(step=start_step + 1, session_log=session(status=session.START))
 
     def _event(self, **what):
         """Writes a TensorBoard event, at once. The usual writer has a thread with a queue, in which an interrupt
         may leave a lock that the process then waits for when it ends."""
-        self._board.write_event(Event(wall_time=time.time(), **what))
+        self._board.write_event(self._Event(wall_time=time.time(), **what))
         self._board.flush()
 
     def _keep_until(self, step):
@@ -64,15 +77,16 @@ class RunLog:
             return
         row = {"step": step} | {name: float(value) for name, value in metrics.items()}
         self._file.write(json.dumps(row) + "\n")
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items() if name != "step"]
-        self._event(step=step, summary=Summary(value=values))
+        values = [self._Summary.Value(tag=name, simple_value=value) for name, value in row.items() if name != "step"]
+        self._event(step=step, summary=self._Summary(value=values))
 
     def video(self, step: int, name: str, video: np.ndarray, fps: float):
         """A video uint8 `[T, H, W, 3]` for TensorBoard, which plays animated GIFs as images."""
         if self._file is None:
             return
         _, H, W, _ = video.shape
-        image = Summary.Image(height=H, width=W, colorspace=3, encoded_image_string=gif_bytes(video, fps))
+        Summary, gif = self._Summary, gif_bytes(video, fps)
+        image = Summary.Image(height=H, width=W, colorspace=3, encoded_image_string=gif)
         self._event(step=step, summary=Summary(value=[Summary.Value(tag=name, image=image)]))
 
     def close(self):

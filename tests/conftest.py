@@ -1,5 +1,7 @@
 """Every test sees 8 CPU devices, so that sharding is tested wherever the suite runs; and a run to look at."""
 
+import fcntl
+import importlib.metadata
 import os
 import pathlib
 import signal
@@ -9,20 +11,30 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of a test's time is XLA's; what several tests (or runs of the suite) compile alike is compiled once.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "xla"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+# Programs that compile faster and run slower, to the same numbers; those of the processes that tests start, too.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # A suite that runs in the background of a shell ignores interrupts, and so would the programs that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-_flag = "--xla_force_host_platform_device_count=8"
-if _flag not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
+
+
+def xla_flags(devices):
+    """XLA_FLAGS of a process with so many CPU devices. Loops compile in half the time without the newer emitters, whose
+    flag only the releases are told that are known to have it."""
+    known = importlib.metadata.version("jaxlib").startswith("0.10.")
+    return f"--xla_force_host_platform_device_count={devices}" + " --xla_cpu_use_fusion_emitters=false" * known
+
+
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}".strip()
 
 QUICKSTART = pathlib.Path(__file__).parents[1] / "experiments" / "quickstart.py"
 TINY = (  # batches of 8, one for each device; one shape, for every shape is compiled
     "vae.model.base_width=8", "vae.optim.optimizer=adamw", "vae.data.stages=()", "vae.data.batch=8",
     "vae.data.world.num_samples=16", "vae.data.world.shapes=((5, 32, 32),)", "vae.train.steps=2",
-    "model.num_layers=2", "model.ffn_dim=128", "text.num_layers=1", "data.world.num_samples=32",
-    "data.world.shapes=((5, 32, 32),)", "data.val_samples=32", "data.batch=8", "train.steps=2", "train.unroll=false",
-    "eval.every=0", "eval.num_steps=2", "eval.num_clips=4",
+    "model.num_layers=2", "model.ffn_dim=128", "text.num_layers=1", "optim.optimizer=adamw",
+    "data.world.num_samples=32", "data.world.shapes=((5, 32, 32),)", "data.val_samples=32", "data.batch=8",
+    "train.steps=2", "train.unroll=false", "eval.every=0", "eval.num_steps=2", "eval.num_clips=4",
 )  # fmt: skip
 
 
@@ -33,21 +45,21 @@ def tiny_config(*overrides):
     return load_config(str(QUICKSTART), TINY + overrides)
 
 
-@pytest.fixture(scope="module")
-def quick_compiler():
-    """For tests whose time is XLA's: programs compile faster and run slower, to the same numbers."""
-    import jax
-
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
-    """Folder of a finished run of `tiny_config()`, its VAE's in `vae`. Shared by all tests: copy it to change it."""
+    """Folder of a finished run of `tiny_config()`, its VAE's in `vae`. Shared by all tests: copy it to change it.
+
+    One for all workers of the suite: who comes first trains it, and another waits.
+    """
     from sorax.train import train
 
-    workdir = str(tmp_path_factory.mktemp("runs") / "tiny")
-    train(tiny_config(), workdir)
-    return workdir
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    workdir, done = shared / "tiny", shared / "tiny.done"
+    with open(shared / "tiny.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            train(tiny_config(), str(workdir))
+            done.touch()
+    return str(workdir)

@@ -18,7 +18,6 @@ CONFIG = CaptionerConfig(reads="latents", in_channels=2, patch_size=(1, 2, 2), v
                          decoder_layers=2, num_heads=2, head_dim=8, ffn_dim=24)  # fmt: skip
 
 
-
 def random_captioner(config):
     graph, params = random_params(Captioner, config)
     is_norm = lambda path: path[-1].key.startswith("norm_") and path[-1].key not in ("norm_q", "norm_k")  # noqa: E731
@@ -26,7 +25,6 @@ def random_captioner(config):
 
 
 GRAPH, PARAMS = random_captioner(CONFIG)
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 LENGTHS, TEXTS = (5, 3, 6), (4, 6, 2)  # of three samples: patches, tokens with the end mark
 
 

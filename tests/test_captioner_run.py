@@ -19,12 +19,13 @@ from sorax.errors import UserError
 from sorax.objectives import DataConfig, complete
 from sorax.train import train
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
 TINY = ("model.encoder_layers=1", "model.decoder_layers=1", "model.num_heads=1", "model.head_dim=8", "model.ffn_dim=16",
         "data.batch=8", "data.max_segments=2", "data.world.num_samples=24", "data.val_samples=4", "train.steps=4",
         "train.log_every=1", "train.unroll=false", "checkpoint.every=2", "checkpoint.keep=2", "eval.num_videos=2",
         "eval.num_prompts=2", "optim.warmup_steps=1")  # fmt: skip
+
+QUICK = "optim.optimizer=adamw"  # in place of Muon, which takes long to compile
 
 
 def tiny(name, *overrides):
@@ -43,7 +44,7 @@ def captioner(tmp_path_factory):
 @pytest.fixture(scope="module")
 def expander(tmp_path_factory):
     workdir = str(tmp_path_factory.mktemp("expander") / "run")
-    train(tiny("expander_world", "eval.every=4"), workdir)
+    train(tiny("expander_world", "eval.every=4", QUICK), workdir)
     return workdir
 
 
@@ -112,7 +113,7 @@ def test_a_run_of_something_else_is_refused(captioner, expander, tmp_path, capsy
 
 def test_a_captioner_goes_on_from_another(captioner, tmp_path):
     experiment = tiny("captioner_world", "eval.every=0", f"init={captioner}", "train.steps=1", "optim.lr=0.0",
-                      "optim.vector_lr=0.0", "data.stages=()")  # fmt: skip
+                      "optim.vector_lr=0.0", "data.stages=()", QUICK)  # fmt: skip
     train(experiment, str(tmp_path / "b"))
     there, here = (load_captioner(folder) for folder in (captioner, str(tmp_path / "b")))
     assert there.writer.tokenizer.identity == here.writer.tokenizer.identity
@@ -166,7 +167,7 @@ def test_a_captioner_reads_latents_too(tiny_run, tmp_path):
     workdir = str(tmp_path / "run")
     experiment = tiny("captioner_world", "model.reads=latents", "model.in_channels=5", "model.patch_size=(1,4,4)",
                       f"vae.path={tiny_run}", "data.world.shapes=((5,32,32),)", "data.row_tokens=32", "train.steps=2",
-                      "eval.every=2")  # fmt: skip
+                      "eval.every=2", QUICK)  # fmt: skip
     train(experiment, workdir)
     run, world = load_captioner(workdir), World(WorldConfig(num_samples=2, shapes=((5, 32, 32),)))
     texts = run.writer.captions([world[0]["video"], world[1]["video"]], "short", DecodingConfig(max_tokens=5))

@@ -226,10 +226,10 @@ def test_real_videos_train_at_native_shapes(tmp_path, capsys):
         write(folder / name, numbered(12, height, width), fps=8)
         (folder / name).with_suffix(".txt").write_text(f"a {name} clip")
     argv = ["train", "--config", CLIPS, "--workdir", str(tmp_path / "w"), f"--config.data.path={folder}"]
-    stages = "({'steps': 1, 'batch': 8, 'crop': (1, 48, 48)},)"
-    stages = "({'steps': 1, 'batch': 8, 'crop': (1, 48, 48)},)"
-    small = ("vae.train.steps=2", f"vae.data.stages={stages}", "vae.data.batch=8",
-             "train.steps=2", "data.row_tokens=160", "data.batch=8", "eval.every=0", "train.unroll=False")  # fmt: skip
+    small = ("vae.model.base_width=8", "vae.optim.optimizer=adamw", "vae.train.steps=2", "vae.data.stages=()",
+             "vae.data.batch=8", "vae.data.max_frames=5", "vae.data.crop=(5,32,32)", "model.num_layers=1",
+             "model.ffn_dim=128", "text.num_layers=1", "optim.optimizer=adamw", "train.steps=2", "train.unroll=False",
+             "data.max_frames=5", "data.row_tokens=64", "data.row_text=64", "data.batch=8", "eval.every=0")  # fmt: skip
     assert cli.main(argv + [f"--config.{override}" for override in small]) == 0
     rows = [json.loads(line) for line in (tmp_path / "w" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == 2 and rows[-1]["loss"] > 0

@@ -12,7 +12,6 @@ from data_pipelines.decode import decode, probe
 from sorax import cli
 from sorax.generate import Generator
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 FAST = ("--steps", "1", "--guidance", "1")
 
 

@@ -14,7 +14,6 @@ from sorax.clip_model import CLIP, CLIPConfig, CLIPScore, TextTowerConfig, Visio
 from sorax.errors import UserError
 from sorax.functional import abstract, count
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 REFERENCE = {k.removeprefix("clip/"): v for k, v in np.load(FIXTURES / "vision.npz").items()}
 CAPTIONS = ["a red circle moving right", "", "Two BLUE stars, both still!", "the café is closed \u2605",

@@ -12,7 +12,6 @@ from sorax.vae import VAE, VAEConfig
 
 CONFIG = VAEConfig(4, (1, 2), 1, 3, (True,))  # strides: 2 in time, 2 in space
 PARAMS = random_params(VAE, CONFIG)[1]
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 
 @pytest.fixture(scope="module")

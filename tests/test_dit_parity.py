@@ -108,7 +108,7 @@ def compare(name, samples, run, params, row, places, patch_size):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_dit_equals_the_reference_forward_and_backward(tmp_path, quick_compiler, name):
+def test_dit_equals_the_reference_forward_and_backward(tmp_path, name):
     """Each sample alone, and all in one packed row: velocity, gradients of inputs and of parameters."""
     write_folder(tmp_path / "dit", name)
     config, params = convert.open_dit(tmp_path / "dit")

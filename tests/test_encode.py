@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import QUICKSTART, TINY, tiny_config
+from conftest import QUICKSTART, TINY, tiny_config, xla_flags
 from flax import nnx
 from random_params import random_params
 from video_files import numbered, write
@@ -229,7 +229,7 @@ def run_processes(folder, count):
         s.bind(("localhost", 0))
         address = f"localhost:{s.getsockname()[1]}"
     tests = pathlib.Path(__file__).parent
-    environment = dict(os.environ, XLA_FLAGS="", PYTHONPATH=f"{tests.parent}{os.pathsep}{tests}")
+    environment = dict(os.environ, XLA_FLAGS=xla_flags(8), PYTHONPATH=f"{tests.parent}{os.pathsep}{tests}")
     command = [sys.executable, "-c", ONE_OF_SEVERAL, str(folder), address, str(count)]
     options = dict(env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     running = [subprocess.Popen([*command, str(k)], **options) for k in range(count)]

@@ -114,7 +114,7 @@ def test_folders_of_videos_have_scores_of_the_vae_only(tiny_run, tmp_path):
     assert not (tmp_path / "out2").exists()
 
 
-def test_imported_weights_are_scored_on_the_world_and_with_a_lora(tmp_path, quick_compiler):
+def test_imported_weights_are_scored_on_the_world_and_with_a_lora(tmp_path):
     """What their own config leaves out is told: which clips. Other weights make other videos; the VAE is the same."""
     settings = LoRAConfig(rank=2, targets=("to_v", "ffn.net.2"))
     dit_config = convert.read_dit_config(WAN / "transformer" / "config.json")

@@ -7,7 +7,6 @@ from tiny_generator import tiny_generator
 from sorax.errors import UserError
 from sorax.generate import Request, given_frames
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 SHAPE = (5, 16, 24)
 SETTINGS = dict(num_steps=3, guidance_scale=2.0, solver="unipc")
 

@@ -89,7 +89,7 @@ def test_an_imported_run_has_the_networks_and_keeps_how_they_sample(source, tmp_
             assert a == b
 
 
-def test_an_imported_run_trains_and_exports_the_rest_untouched(source, tmp_path, quick_compiler):
+def test_an_imported_run_trains_and_exports_the_rest_untouched(source, tmp_path):
     """Two steps of the transformer alone: its tensors change, those of VAE and text encoder keep their bytes."""
     workdir, out = str(import_run(source, tmp_path / "run")), tmp_path / "out"
     overrides = ["data.path=world", "data.batch=8", "data.row_tokens=64", "data.row_text=128", "data.val_samples=4"]

@@ -65,7 +65,7 @@ def bytes_of(folder, part):
     return found
 
 
-def test_a_folder_of_diffusers_is_imported_sampled_exported_and_trained(folder, tmp_path, quick_compiler):
+def test_a_folder_of_diffusers_is_imported_sampled_exported_and_trained(folder, tmp_path):
     """Latents to 1e-4 of the largest, in float32; ten steps change the transformer alone."""
     run, out, trained = (str(tmp_path / name) for name in ("run", "out", "trained"))
     assert main(["import", "--from", str(folder), "--workdir", run]) == 0

@@ -61,7 +61,7 @@ def one_device():
 
 
 @pytest.fixture(scope="module")
-def trained(one_device, quick_compiler, tmp_path_factory):
+def trained(one_device, tmp_path_factory):
     """An imported run after `STEPS` steps; shared, so not to be changed."""
     folder = import_run(WAN, tmp_path_factory.mktemp("lora") / "trained")
     train(config_of(folder), str(folder))

@@ -17,7 +17,6 @@ from sorax.dit import REMAT, DiT, DiTConfig
 from sorax.errors import UserError
 from sorax.optim import OptimConfig, make_tx
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 SHAPES = [s for s in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(s) == 8]
 CONFIG = DiTConfig(4, 4, (1, 1, 1), num_layers=2, num_heads=8, head_dim=8, ffn_dim=128, text_dim=32, freq_dim=32)
 GRAPH, PARAMS = random_params(DiT, CONFIG)
@@ -100,12 +99,17 @@ def test_activations_are_exchanged_and_summed_but_never_gathered(sizes):
         assert kernels and all(np.prod(s) == D * 128 // tensor for s in kernels)
 
 
+@functools.cache
+def training_state():
+    """Shapes of parameters and optimizer."""
+    tx = make_tx({"": OptimConfig()}, 10)
+    return jax.eval_shape(lambda p: (p, tx.init(p)), PARAMS)
+
+
 @each_mesh
 def test_parameters_and_optimizer_shrink_with_fsdp_context_and_tensor(sizes):
     _, fsdp, context, tensor = sizes
-    mesh = sharding.make_mesh(*sizes)
-    tx = make_tx({"": OptimConfig()}, 10)
-    state = jax.eval_shape(lambda p: (p, tx.init(p)), PARAMS)
+    mesh, state = sharding.make_mesh(*sizes), training_state()
     places = jax.tree.leaves(sharding.shardings_for(state, mesh))
     for (path, x), place in zip(jax.tree_util.tree_flatten_with_path(state)[0], places):
         path, held = sharding.path_string(path), np.prod(place.shard_shape(x.shape))

@@ -57,7 +57,7 @@ def change_of_velocity(config):
     return float(train(start(config)))
 
 
-def test_steps_change_wide_networks_as_narrow_ones(quick_compiler):
+def test_steps_change_wide_networks_as_narrow_ones():
     """The coordinate check of the paper: 8 times the width, the same change; without muP it grows."""
     narrow, wide = change_of_velocity(BASE), change_of_velocity(widened(8))
     plain = change_of_velocity(widened(8, mup_base_width=0))

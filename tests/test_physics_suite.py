@@ -16,7 +16,7 @@ from sorax.world_suite import Makers
 
 
 @pytest.fixture(scope="module")
-def makers(tiny_run, quick_compiler):
+def makers(tiny_run):
     run = load_run(tiny_run)
     return Makers(run.generator(), run.networks, run.sampling() | dict(num_steps=2))
 

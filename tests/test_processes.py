@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from conftest import QUICKSTART, TINY
+from conftest import QUICKSTART, TINY, xla_flags
 from jax.sharding import SingleDeviceSharding
 from random_params import assert_close
 
@@ -28,7 +28,7 @@ SMALL = (
     "mesh.data=1", "mesh.fsdp=2", "mesh.context=2", f"train.steps={STEPS}", "train.log_every=1",
     f"checkpoint.every={SAVED}", "checkpoint.keep=2",
     # Adam divides by the size of the gradient: a large eps keeps it from blowing up the rounding of one near zero.
-    "optim.optimizer=adamw", "optim.eps=1e-3", "optim.lr=1e-2",
+    "optim.eps=1e-3", "optim.lr=1e-2",
 )  # fmt: skip
 
 
@@ -37,9 +37,7 @@ def start(workdir, count, devices, *overrides):
     with socket.socket() as s:
         s.bind(("localhost", 0))
         address = f"localhost:{s.getsockname()[1]}"
-    flag = f"--xla_force_host_platform_device_count={devices}"
-    environment = dict(os.environ, XLA_FLAGS=flag, JAX_DISABLE_MOST_OPTIMIZATIONS="1",
-                       PYTHONPATH=str(pathlib.Path(__file__).parents[1]))  # fmt: skip
+    environment = dict(os.environ, XLA_FLAGS=xla_flags(devices), PYTHONPATH=str(pathlib.Path(__file__).parents[1]))
     command = [sys.executable, "-m", "sorax.cli", "train", "--config", str(QUICKSTART), "--workdir", str(workdir)]
     command += [f"--config.{setting}" for setting in (*SMALL, *overrides)]
     running = []

@@ -82,7 +82,7 @@ def run(params, row, route, weights, **options):
     return jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))(params, row[0])
 
 
-def test_packed_equals_separate_with_the_same_tokens_skipping(quick_compiler):
+def test_packed_equals_separate_with_the_same_tokens_skipping():
     row = row_of(LENGTHS, N)
     weights = jnp.asarray(np.random.default_rng(1).standard_normal((1, N, CONFIG.patch_dim)), jnp.float32)
     route = routing.choose(jax.random.key(2), row[2], SAMPLES, 0.5)
@@ -107,7 +107,7 @@ def test_packed_equals_separate_with_the_same_tokens_skipping(quick_compiler):
     assert np.abs(out - through).max() > 0.01  # it does skip
 
 
-def test_unrolled_layers_and_remat_route_alike(quick_compiler):
+def test_unrolled_layers_and_remat_route_alike():
     row = row_of(LENGTHS, N)
     weights = jnp.ones((1, N, CONFIG.patch_dim)) * (row[2] != 0)[..., None]
     route = routing.choose(jax.random.key(2), row[2], SAMPLES, 0.5)

@@ -43,8 +43,7 @@ def run_steps(objective, params, batch, mesh):
     places = sharding.shardings_for(state, mesh)
     state = jax.tree.map(lambda x, s: jax.device_put(np.asarray(x), s), state, places)
     step = jax.jit(make_step(objective, tx, 0.9, 1), in_shardings=(places, sharding.batch_sharding(mesh), None),
-                   out_shardings=(places, sharding.replicated(mesh)),
-                   compiler_options={"xla_backend_optimization_level": 0})  # fmt: skip  # compiles twice as fast
+                   out_shardings=(places, sharding.replicated(mesh)))  # fmt: skip
     history = []
     for _ in range(STEPS):
         state, sums = step(state, sharding.put_batch(batch, mesh), {})

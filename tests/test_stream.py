@@ -26,7 +26,6 @@ VIDEO = RNG.integers(0, 256, (17, H, W, 3), dtype=np.uint8)
 # Chunks in latent frames. Few lengths, in any order: every length is a program.
 ENCODED = [(2, 1, 2), (2, 2, 1), (2, 1, 1, 1)]
 DECODED = [(1, 2, 2), (1, 1, 1, 2), (1, 1, 2, 1), (1, 2, 1, 1), (1, 1, 1, 1, 1)]
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 each_generation = pytest.mark.parametrize("name", CONFIGS)
 
 

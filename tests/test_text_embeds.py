@@ -47,7 +47,7 @@ def config_of(run, *overrides):
 
 
 @pytest.fixture(scope="module")
-def objectives(imported, tmp_path_factory, quick_compiler):
+def objectives(imported, tmp_path_factory):
     """The objective with the encoder on the fly, and with embeddings that were kept."""
     made = []
     for stored in ("false", "true"):
@@ -88,7 +88,7 @@ def test_the_encoder_is_not_there_in_training(objectives):
     assert not batches[1]["text_embeds"][empty].any() and batches[1]["text_embeds"][~empty].any(-1).all()
 
 
-def test_what_sorax_encode_stores_trains_and_is_refused_with_another_encoder(imported, tmp_path, quick_compiler):
+def test_what_sorax_encode_stores_trains_and_is_refused_with_another_encoder(imported, tmp_path):
     run, latents = tmp_path / "run", tmp_path / "latents"
     shutil.copytree(imported, run)
     flags = [f"--config.{x}" for x in (*SMALL, "data.text_embeds=true")]
@@ -118,7 +118,7 @@ def test_what_sorax_encode_stores_trains_and_is_refused_with_another_encoder(imp
     assert any(EMPTY_CAPTION in problem for problem in verify(latents))
 
 
-def test_latents_without_embeddings_are_refused_where_they_are_asked_for(imported, tmp_path, quick_compiler):
+def test_latents_without_embeddings_are_refused_where_they_are_asked_for(imported, tmp_path):
     run, latents = tmp_path / "run", tmp_path / "latents"
     shutil.copytree(imported, run)
     flags = [f"--config.{x}" for x in SMALL]

@@ -17,8 +17,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from conftest import tiny_config
-from tensorboardX import event_file_writer
-from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from sorax import cli, objectives, processes, sharding
 from sorax import config as config_lib
@@ -251,6 +249,11 @@ def test_a_profile_is_a_trace_in_the_run_folder(tmp_path, monkeypatch):
 
 def test_tensorboard_is_told_every_value_at_once(tmp_path):
     """Without a thread, in which an interrupt could leave a lock that the process then waits for for ever."""
+    (tmp_path / "other").mkdir()
+    RunLog(str(tmp_path / "other")).close()  # which imports tensorboardX, without PyTorch
+    from tensorboardX import event_file_writer
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
     before, times = set(threading.enumerate()), iter(range(100, 200))
     for start, steps in ((0, (1, 2)), (1, (2, 3))):  # the second step was lost and is done again
         with pytest.MonkeyPatch.context() as patch:

@@ -34,9 +34,6 @@ WEIGHTS = objectives.VAELossConfig(l1=1.0, l2=0.5, kl=1e-3, multiscale=0.3, wave
                                    adversarial_start=3)  # fmt: skip
 
 
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles twice as fast
-
-
 @pytest.fixture(scope="module")
 def params():
     return {name: random_params(*network)[1] for name, network in NETWORKS.items()}
@@ -56,7 +53,7 @@ def gradients(params):
             sums = loss(params, batch, key, step, {})
             return sums["loss"][0] / sums["loss"][1], sums
 
-        return jit(jax.grad(total, has_aux=True))
+        return jax.jit(jax.grad(total, has_aux=True))
 
     @functools.cache
     def run(step, *names):
@@ -95,10 +92,10 @@ def test_both_networks_get_the_gradients_of_their_own_losses(gradients, params):
         terms = jnp.stack([fidelity(copy), generator_loss(critic(params["discriminator"], copy)), kl])
         return terms, copy
 
-    each, copy = jit(jax.jacrev(of_vae, has_aux=True))(params["vae"])
+    each, copy = jax.jit(jax.jacrev(of_vae, has_aux=True))(params["vae"])
     weights = jnp.array([1.0, 0.7 * ratio, 1e-3])
     assert_trees_close(both["vae"], jax.tree.map(lambda g: jnp.tensordot(weights, g, 1), each))
-    of_critic = jit(jax.grad(lambda p: discriminator_loss(critic(p, video), critic(p, copy))))
+    of_critic = jax.jit(jax.grad(lambda p: discriminator_loss(critic(p, video), critic(p, copy))))
     assert_trees_close(both["discriminator"], of_critic(params["discriminator"]))
     at_last_layer = each["decoder"]["conv_out"]["kernel"]
     np.testing.assert_allclose(ratio, adaptive_weight(*at_last_layer[:2]), rtol=1e-3)
@@ -128,7 +125,7 @@ def test_the_perceptual_term_compares_the_copy_frame_by_frame_with_what_it_is_of
     weights = dataclasses.replace(WEIGHTS, perceptual=0.6, perceptual_frames=0)
     loss = _make_loss(dict(vae=NETWORKS["vae"]), weights, metric, jnp.float32, False)
     batch = dict(video=np.asarray((videos() + 1) * 127.5, np.uint8))
-    sums = jit(loss)(dict(vae=params["vae"]), batch, jax.random.key(5), jnp.int32(0), jnp.float32(2))
+    sums = jax.jit(loss)(dict(vae=params["vae"]), batch, jax.random.key(5), jnp.int32(0), jnp.float32(2))
     mean = {name: float(s / w) for name, (s, w) in sums.items()}
     np.testing.assert_allclose(mean["lpips"], 2 * mean["l1"], rtol=1e-5)
     without = {name: float(s / w) for name, (s, w) in gradients(2, "vae")[1].items()}
@@ -193,7 +190,7 @@ def test_an_inflated_image_vae_sees_each_frame_of_a_clip_as_the_image_vae_did():
     start = random_params(VAE, image)[1]
     start = jax.tree.map(lambda x: x[-1:] if x.ndim == 5 else x, start)  # one tap in time, as a network of images has
     clip = VAEConfig(**(image.__dict__ | dict(temporal_downsample=(True,))))
-    fresh = jit(lambda key: functional.init(VAE, clip, key))(jax.random.key(3))
+    fresh = jax.jit(lambda key: functional.init(VAE, clip, key))(jax.random.key(3))
     params = inflate(fresh, start, "an image VAE")
     still = jnp.repeat(videos(shape=(1, 1, 16, 16, 3)), 5, axis=1)
     small, large = functional.abstract(VAE, image)[0], functional.abstract(VAE, clip)[0]

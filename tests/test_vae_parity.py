@@ -46,7 +46,7 @@ def write_folder(folder, config):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_vae_equals_the_reference_in_both_generations(tmp_path, quick_compiler, name):
+def test_vae_equals_the_reference_in_both_generations(tmp_path, name):
     """In chunks of a latent frame, for which two programs do whatever the length; the longest of some also whole."""
     write_folder(tmp_path / "vae", CONFIGS[name])
     config, params = convert.read_vae(tmp_path / "vae")

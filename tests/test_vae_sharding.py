@@ -20,7 +20,6 @@ CONFIGS = {
     "second": VAEConfig(4, (1, 2, 2), 1, 3, (True, True), pixel_patch=2, decoder_base_width=8, shortcuts=True),
 }
 NETWORKS = {name: random_params(VAE, config) for name, config in CONFIGS.items()}
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 each_generation = pytest.mark.parametrize("name", CONFIGS)
 
 

@@ -17,7 +17,6 @@ from sorax.vbench import read_prompts, write_layout
 from sorax.video_parts import summary_lines
 from sorax.video_suite import evaluate_videos, prepare, verify_videos
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 NETWORKS = dict(features=str(FIXTURES / "videomae"), clip=str(FIXTURES / "clip"))
 TINY_VAE = VAEConfig(base_width=4, width_multipliers=(1, 2), num_res_blocks=1, latent_channels=4,

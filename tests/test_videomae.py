@@ -18,7 +18,6 @@ from sorax.errors import UserError
 from sorax.functional import abstract, count
 from sorax.videomae import VideoFeatures, VideoMAE, VideoMAEConfig, sinusoids
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 REFERENCE = dict(np.load(FIXTURES / "vision.npz"))
 TOLERANCE = 1e-4

@@ -12,7 +12,6 @@ from sorax.errors import UserError
 from sorax.generate import Request
 from sorax.windows import Job, Window, latent_sizes, longest_gap, make, plan
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 SETTINGS = dict(num_steps=2, guidance_scale=2.0)
 H, W = 16, 24
 
