@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import jax
@@ -19,7 +20,7 @@ from sorax.errors import UserError
 from sorax.flow import add_noise
 from sorax.patchify import grid, num_tokens, patchify, unpatchify
 from sorax.request_rows import Item, Rows, groups_of
-from sorax.sampler import guide, integrate, make_solver, rescale_guidance, reuse_velocity, stack_solvers
+from sorax.sampler import Kept, guide, integrate, make_solver, rescale_guidance, reuse_layers, stack_solvers, wait
 from sorax.text import TextConfig, TextEncoder, slot_bias
 
 
@@ -113,7 +114,7 @@ class Generator:
     def latents(self, requests, *, num_steps: int, guidance_scale: float = 1.0, shift: float = 3.0,
                 solver: str = "euler", guidance_interval: tuple[float, float] | None = None,
                 guidance_rescale: float = 0.0, shift_tokens: int = 0, reuse: float = 0.0,
-                on_batch=lambda done: None) -> list[np.ndarray]:  # fmt: skip
+                rising: float = 0.0, on_batch=lambda done: None) -> list[np.ndarray]:  # fmt: skip
         """Final normalised latents `[t, h, w, C]` of requests.
 
         A request's result depends on its own prompt, shape and seed alone, not on what it is packed with; with `reuse`
@@ -126,36 +127,48 @@ class Generator:
                 (Kynkaanniemi et al. 2024); the other steps cost half. guidance_rescale: see `rescale_guidance`.
             shift_tokens: requests of so many tokens have that shift, others by the square root of theirs
                 (`flow.shift_for_length`); 0: all have it.
-            reuse: threshold of `reuse_velocity`; 0 is off.
+            reuse: threshold of `reuse_layers`; 0 is off.
+            rising: share of num_steps by which the last frame lags behind the first that is generated, from 0 to 1:
+                noise rises along time, and there are so many steps more. For networks that were trained with that
+                (`flow.draw_rising`).
             on_batch: called with the number of finished requests.
 
         Raises:
             UserError: a prompt that is too long, noise of the wrong shape, or settings out of range.
         """
         guidance = _guidance(guidance_scale, guidance_interval, guidance_rescale)
-        if not 0 <= reuse < 1 or shift_tokens < 0:
-            raise UserError(f"sampling: reuse is {reuse:g} and shift_tokens {shift_tokens}: the first is a relative "
-                            "change from 0 to below 1, the second a number of tokens")  # fmt: skip
+        if not 0 <= reuse < 1 or not 0 <= rising <= 1 or shift_tokens < 0:
+            raise UserError(f"sampling: reuse is {reuse:g}, rising {rising:g} and shift_tokens {shift_tokens}: the "
+                            "first is a relative change from 0 to below 1, the second a share of the steps from 0 to "
+                            "1, the third a number of tokens")  # fmt: skip
         noises = [self._noise(request) for request in requests]
         counts = [num_tokens(noise.shape[:3], self.dit_config.patch_size) for noise in noises]
+        fields = {}
+        if any(request.given for request in requests):
+            given = [self._given(request, noise) for request, noise in zip(requests, noises)]
+            fields |= dict(zip(("given", "clean"), zip(*given)))
+        lag, delays = round(rising * num_steps), [np.zeros(n, int) for n in counts]
+        if lag:
+            delays = [self._delays(lag, z, g) for z, g in zip(noises, fields.get("given", [None] * len(noises)))]
         shifts = [shift * math.sqrt(n / shift_tokens) if shift_tokens else shift for n in counts]
-        schedules = [(s, 1.0 if r.edit is None else r.edit[1]) for s, r in zip(shifts, requests)]
-        different = sorted(set(schedules)) or [(shift, 1.0)]
+        begins = [1.0 if request.edit is None else request.edit[1] for request in requests]
+        late = [np.unique(delay, return_inverse=True) for delay in delays]
+        schedules = [[(*both, delay) for delay in some.tolist()] for *both, (some, _) in zip(shifts, begins, late)]
+        different = sorted(set(itertools.chain(*schedules))) or [(shift, 1.0, 0)]
         try:
-            solvers = [make_solver(solver, num_steps, s, start=start) for s, start in different]
+            solvers = [wait(make_solver(solver, num_steps, s, start=start), delay, num_steps + lag)
+                       for s, start, delay in different]  # fmt: skip
         except ValueError as error:
             raise UserError(f"sampling: {error}") from error
         self.runs = 0
         if not requests:
             return []
-        numbers = [different.index(schedule) for schedule in schedules]
-        starts = [self._start(*x, solvers[k].sigmas[0]) for *x, k in zip(requests, noises, numbers)]
-        fields = dict(tokens=[self._patches(start) for start in starts])
-        if any(request.given for request in requests):
-            given = [self._given(request, noise) for request, noise in zip(requests, noises)]
-            fields |= dict(zip(("given", "clean"), zip(*given)))
+        numbers = [np.array([different.index(one) for one in some], np.int32)[which]
+                   for some, (_, which) in zip(schedules, late)]  # fmt: skip
+        starts = [self._start(*x, solvers[k[0]].sigmas[0]) for *x, k in zip(requests, noises, numbers)]
+        fields["tokens"] = [self._patches(start) for start in starts]
         if len(solvers) > 1:
-            fields["schedule"] = [np.full(n, k, np.int32) for n, k in zip(counts, numbers)]
+            fields["schedule"] = numbers
         steps = solvers[0] if len(solvers) == 1 else stack_solvers(solvers)
 
         items = [self._item(request, noise, bool(guidance)) for request, noise in zip(requests, noises)]
@@ -214,6 +227,13 @@ class Generator:
             raise UserError(f"what is edited has latents {latents.shape} and the video {noise.shape}: make both the "
                             "same, of finite numbers")  # fmt: skip
         return add_noise(latents, noise, sigma)
+
+    def _delays(self, lag, noise, given):
+        """Steps int [n] after which each patch begins: more along time, from the first frame on that has to be made."""
+        t, h, w = grid(noise.shape[:3], self.dit_config.patch_size)
+        made = np.ones(t, bool) if given is None else ~given.reshape(t, -1).all(axis=1)
+        frame = np.maximum(np.arange(t) - np.argmax(made), 0)
+        return np.repeat(np.round(lag * frame / max(1, frame[-1])).astype(int), h * w)
 
     def _given(self, request, noise):
         """(bool [n], which of its n patches are given; given patches [n, P])."""
@@ -277,16 +297,16 @@ def sample_groups(networks, params, batch, solver, guidance=None, reuse=None, *,
             both branches where there is guidance, "one" of the first where there is none, or not at all steps.
         solver: of one schedule, or several of them stacked.
         guidance: None, or dict of scale and, as they are wanted, interval and rescale (see `Generator.latents`).
-        reuse: None, or the threshold of `reuse_velocity`.
+        reuse: None, or the threshold of `reuse_layers`.
         segments: most segments of a row. run_options: of `DiT.__call__`.
 
     Returns:
-        `[G, T, P]`, and how often the network ran.
+        `[G, T, P]`, and how often the network ran (with `reuse`, all of it).
     """
     dit, encoder = (nnx.merge(graph, params[name]) for graph, name in zip(networks, ("dit", "text")))
     dtype = params["dit"]["patch_embed"]["kernel"].dtype
     texts = {}
-    for name in {"one", "two"} & batch.keys():
+    for name in sorted({"one", "two"} & batch.keys()):
         tokens, ids = batch[name]["text_tokens"], batch[name]["text_segment_ids"]
         texts[name] = encoder(tokens, ids), ids, slot_bias(tokens, ids, segments)
 
@@ -302,23 +322,34 @@ def sample_groups(networks, params, batch, solver, guidance=None, reuse=None, *,
     def put(x):
         return x if given is None else jnp.where(given[..., None], batch["clean"], x)
 
-    def network(x, sigma, name):
-        """Velocities `[G, T, P]` of each branch in the rows of that name."""
+    def network(x, sigma, name, memory):
+        """Velocities `[G, T, P]` of each branch in the rows of that name, and the memory that `reuse` has."""
         rows = batch[name]
         levels = jnp.append(jnp.atleast_1d(sigma), 0.0)  # as noisy as the schedules have them, and clean
-        B, N = rows["segment_ids"].shape
-        tokens = _take(x, rows["source"]).reshape(B, N, -1).astype(dtype)
+        (B, N), options = rows["segment_ids"].shape, run_options
+        if reuse is not None:
+            change = functools.partial(_largest_change, ids=rows["segment_ids"], segments=segments)
+            remember = functools.partial(reuse_layers, kept=memory[name], threshold=reuse, change=change)
+            options = options | dict(remember=remember)
         velocity = dit(
-            tokens, rows["positions"], rows["segment_ids"], jnp.broadcast_to(levels, (B, schedules + 1)),
-            _take(token_levels, rows["source"]).reshape(B, N), *texts[name], **run_options,
+            _take(x, rows["source"]).reshape(B, N, -1).astype(dtype), rows["positions"], rows["segment_ids"],
+            jnp.broadcast_to(levels, (B, schedules + 1)), _take(token_levels, rows["source"]).reshape(B, N),
+            *texts[name], **options,
         )  # fmt: skip
+        if reuse is not None:
+            velocity, kept = velocity
+            memory = memory | {name: kept}
         velocity = velocity.reshape(len(x), -1, x.shape[-1])
-        return [_take(velocity, places) for places in jnp.moveaxis(rows["places"], 1, 0)]
+        return [_take(velocity, places) for places in jnp.moveaxis(rows["places"], 1, 0)], memory
 
     counted = (requests != 0) if given is None else (requests != 0) & ~given
 
-    def guided(x, sigma):
-        conditional, unconditional = network(x, sigma, "two")
+    def plain(x, sigma, memory):
+        (velocity,), memory = network(x, sigma, "one", memory)
+        return velocity, memory
+
+    def guided(x, sigma, memory):
+        (conditional, unconditional), memory = network(x, sigma, "two", memory)
         scale = guidance["scale"]
         if "interval" in guidance:
             scale = spread(jnp.where(_inside(sigma, guidance["interval"]), scale, 1.0))
@@ -326,31 +357,31 @@ def sample_groups(networks, params, batch, solver, guidance=None, reuse=None, *,
         if "rescale" in guidance:
             deviation = functools.partial(_deviation, requests=requests, counted=counted)
             velocity = rescale_guidance(velocity, conditional, guidance["rescale"], deviation)
-        return velocity
+        return velocity, memory
 
-    def velocity(x, sigma):
+    def velocity(x, sigma, memory):
         x = put(x)
-        if guidance is None:
-            return network(x, sigma, "one")[0]
-        if "interval" not in guidance:
-            return guided(x, sigma)
+        if guidance is None or "interval" not in guidance:
+            return (plain if guidance is None else guided)(x, sigma, memory)
         some = jnp.any(_inside(sigma, guidance["interval"]))
-        return jax.lax.cond(some, lambda: guided(x, sigma), lambda: network(x, sigma, "one")[0])
+        return jax.lax.cond(some, guided, plain, x, sigma, memory)
 
-    steps = solver.levels.shape[0]
-    if reuse is None:
-        return put(integrate(velocity, batch["tokens"], solver, spread)), steps
-
-    def mean(x):
-        return jnp.sum(x * counted[..., None]) / jnp.maximum(jnp.sum(counted) * x.shape[-1], 1)
-
-    run, begin = reuse_velocity(velocity, steps, reuse, mean)
-    x, memory = integrate(run, batch["tokens"], solver, spread, begin(batch["tokens"]))
-    return put(x), memory.runs
+    memory, width = {}, params["dit"]["patch_embed"]["kernel"].shape[1]
+    if reuse is not None:
+        memory = {name: Kept.nothing((*batch[name]["segment_ids"].shape, width), dtype) for name in texts}
+    x, memory = integrate(velocity, batch["tokens"], solver, spread, memory)
+    return put(x), sum(kept.runs for kept in memory.values()) if memory else solver.levels.shape[0]
 
 
 def _inside(sigma, interval):
     return (interval[0] <= sigma) & (sigma <= interval[1])
+
+
+def _largest_change(now, before, ids, segments):
+    """How much arrays `[B, N, D]` of rows differ, relative to what was before, in the segment that differs most."""
+    total = jax.vmap(functools.partial(jax.ops.segment_sum, num_segments=segments + 1))
+    moved, size = (total(jnp.sum(jnp.abs(x.astype(jnp.float32)), axis=-1), ids) for x in (now - before, before))
+    return jnp.max((moved / jnp.maximum(size, 1e-12))[:, 1:])
 
 
 def _take(x, places):

@@ -1,9 +1,10 @@
 """Where the tokens of requests stand: end to end as they are denoised, and in packed rows as the network sees them.
 
 Both branches of guidance are segments of the same rows: a request has two, its prompt's and its negative prompt's, each
-with its own caption. So rows are as full as twice as many requests make them, and a branch fills what the other leaves.
+with its own caption. So rows are as full as twice as many requests make them, and fewer where a request fits twice in
+one.
 
-Legend: G groups, T tokens of a group's requests end to end, R rows of a group, N tokens of a row, M text slots of a row.
+Legend: G groups, T tokens of a group's requests end to end, R rows of a group; N tokens, M text slots of a row.
 """
 
 import dataclasses
@@ -88,7 +89,7 @@ class Rows:
         for N in _lengths(longest, max(map(sum, sizes)), multiple):
             packed = [best_fit(*both, N, room_text) for both in zip(sizes, texts)]
             R = max(map(len, packed))
-            if best is None or R * N < best[0]:
+            if best is None or best[0] > R * N:
                 best = R * N, R, N, packed
             if sum(map(sum, sizes)) >= GOOD_FILL * len(groups) * R * N:
                 break

@@ -4,12 +4,12 @@
 
 A Wan-shaped pipeline with weights drawn at random (a DiT of 8 layers and width 384) is exported once, and both sides
 read that folder: float32, the same noise, prompts, Euler steps and threads, without guidance and with it. A process
-each, one at work at a time, in turns; CPU seconds are those of the whole process. The final latents of both are compared
-first: it is the same work. Decoding is left out, `experiments/bench/vae.py` measures that. diffusers needs the extra
-`parity` (--python names an interpreter that has it).
+each, one at work at a time, in turns; CPU seconds are those of the whole process. The final latents of both are
+compared first: it is the same work. Decoding is left out, `experiments/bench/vae.py` measures that. diffusers needs the
+extra `parity` (--python names an interpreter that has it).
 
   clip    one clip of 33 frames of 256x256: 2,304 tokens.
-  mixed   eight images and clips of seven shapes with captions of 10 to 400 bytes, 4,208 tokens. diffusers has no mask
+  mixed   eight images and clips of seven shapes with captions of 10 to 400 bytes, 4,252 tokens. diffusers has no mask
           for latents: one by one ("single"), or those of equal shape in one batch ("bucket"). Its best counts.
 
 What ours takes to compile is stated, and not counted.
