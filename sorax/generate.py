@@ -152,19 +152,15 @@ class Generator:
             delays = [self._delays(lag, z, g) for z, g in zip(noises, fields.get("given", [None] * len(noises)))]
         shifts = [shift * math.sqrt(n / shift_tokens) if shift_tokens else shift for n in counts]
         begins = [1.0 if request.edit is None else request.edit[1] for request in requests]
-        late = [np.unique(delay, return_inverse=True) for delay in delays]
-        schedules = [[(*both, delay) for delay in some.tolist()] for *both, (some, _) in zip(shifts, begins, late)]
-        different = sorted(set(itertools.chain(*schedules))) or [(shift, 1.0, 0)]
+        different, numbers = _schedules(shifts, begins, delays)
         try:
             solvers = [wait(make_solver(solver, num_steps, s, start=start), delay, num_steps + lag)
-                       for s, start, delay in different]  # fmt: skip
+                       for s, start, delay in different or [(shift, 1.0, 0)]]  # fmt: skip
         except ValueError as error:
             raise UserError(f"sampling: {error}") from error
         self.runs = 0
         if not requests:
             return []
-        numbers = [np.array([different.index(one) for one in some], np.int32)[which]
-                   for some, (_, which) in zip(schedules, late)]  # fmt: skip
         starts = [self._start(*x, solvers[k[0]].sigmas[0]) for *x, k in zip(requests, noises, numbers)]
         fields["tokens"] = [self._patches(start) for start in starts]
         if len(solvers) > 1:
@@ -251,6 +247,18 @@ class Generator:
             raise UserError(f"a patch of {self.dit_config.patch_size} is given in part: round the mask to whole "
                             "patches")  # fmt: skip
         return patches.all(-1), self._patches(np.where(mask[..., None], latents, 0).astype(np.float32))
+
+
+def _schedules(shifts, begins, delays):
+    """The different (shift, beginning, delay) of requests, and int [n] for each: which of them each patch has.
+
+    delays: int [n] of each, of its patches.
+    """
+    late = [np.unique(delay, return_inverse=True) for delay in delays]
+    schedules = [[(*both, delay) for delay in some.tolist()] for *both, (some, _) in zip(shifts, begins, late)]
+    different = sorted(set(itertools.chain(*schedules)))
+    numbers = [np.array([different.index(one) for one in some], np.int32) for some in schedules]
+    return different, [some[which] for some, (_, which) in zip(numbers, late)]
 
 
 def _end_to_end(fields, rows, groups):
