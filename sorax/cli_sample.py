@@ -45,6 +45,8 @@ def add_verb(verbs):
     long.add_argument("--window", type=int, default=None, help="most frames made at a time, 0: all (default: the "
                       "longest that the run was trained on, where it can go on from given frames)")  # fmt: skip
     long.add_argument("--overlap", type=int, default=0, help="frames before it that a window sees (default: 1/4 of it)")
+    long.add_argument("--rising", type=float, default=0.0, metavar="SHARE", help="0 to 1: noise rises along time, the "
+                      "last frame of a window lags behind by this share of the steps (default: 0)")  # fmt: skip
     how = verb.add_argument_group("how")
     how.add_argument("--solver", default="", help="euler, unipc or dpm++ (default: the config's)")
     how.add_argument("--steps", type=int, default=0, help="sampling steps (default: the config's)")
@@ -56,8 +58,8 @@ def add_verb(verbs):
     how.add_argument("--shift", type=float, default=None, help="noise schedule shift (default: the config's)")
     how.add_argument("--shift-tokens", type=int, default=0, help="tokens of a video that has this shift; others "
                      "have it by the square root of theirs (default: all have it)")  # fmt: skip
-    how.add_argument("--reuse", type=float, default=0.0, metavar="CHANGE", help="skip steps whose velocity would "
-                     "change by less than this share, such as 0.1 (default: none)")  # fmt: skip
+    how.add_argument("--reuse", type=float, default=0.0, metavar="CHANGE", help="leave out all layers but the first "
+                     "in steps that change what it does by less than this, such as 0.1 (default: none)")  # fmt: skip
     how.add_argument("--seed", type=int, default=0, help="noise seed; prompt k of several uses seed + k")
     how.add_argument("--weights", choices=("ema", "raw"), default="ema")
     how.add_argument("--mesh", default="", metavar="AXIS=N,...", help="devices to share the work: data, fsdp, context, "
@@ -70,6 +72,7 @@ def add_verb(verbs):
 def sample_verb(arguments, _):
     from sorax import media
     from sorax.ask import Ask, canvas_for, prompts_at
+    from sorax.modes import untrained_rising
     from sorax.runs import load_run
     from sorax.windows import Job, longest_gap, make
 
@@ -110,6 +113,8 @@ def sample_verb(arguments, _):
     # Imported weights make 81 frames of 832x480 unless told otherwise: hours on a CPU, which should not look like none.
     print(f"sampling {len(jobs)} x {frames} frames of {width}x{height}, {sampling['num_steps']} steps of "
           f"{sampling['solver']}", flush=True)  # fmt: skip
+    if text := untrained_rising(arguments.rising, run.rising):
+        print(f"warning: {text}", file=sys.stderr, flush=True)
     settings = dict(size=window, overlap=arguments.overlap, on_request=_warning(run.given), **sampling)
     facts = dict(command=shlex.join(["sorax", *arguments.argv]), run=os.path.basename(os.path.abspath(run.workdir)),
                  step=run.step, checkpoint=run.identity, frames=frames, width=width, height=height, fps=fps,
@@ -182,7 +187,8 @@ def _names(out, count):
 def _sampling(arguments, run):
     given = dict(num_steps=arguments.steps or None, solver=arguments.solver or None, guidance_scale=arguments.guidance,
                  shift=arguments.shift, guidance_rescale=arguments.guidance_rescale or None,
-                 shift_tokens=arguments.shift_tokens or None, reuse=arguments.reuse or None)  # fmt: skip
+                 shift_tokens=arguments.shift_tokens or None, reuse=arguments.reuse or None,
+                 rising=arguments.rising or None)  # fmt: skip
     if arguments.guidance_interval:
         low, _, high = arguments.guidance_interval.partition(":")
         try:

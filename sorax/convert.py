@@ -172,13 +172,14 @@ TEXT_FIELDS = dict(
 )  # fmt: skip
 TEXT_FIXED = dict(feed_forward_proj="gated-gelu")
 TEXT_ALIASES = {"encoder.embed_tokens.weight": "shared.weight"}  # the same table; some writers keep both names
-# Solvers of `sorax.sampler`, and the schedulers that are the same.
+# Solvers of `sorax.sampler`, and the schedulers that are the same; of two the order tells which it is.
 SCHEDULERS = {
     "euler": "FlowMatchEulerDiscreteScheduler", "unipc": "UniPCMultistepScheduler",
-    "dpm++": "DPMSolverMultistepScheduler",
+    "dpm++": "DPMSolverMultistepScheduler", "ddim": "DPMSolverMultistepScheduler",
 }  # fmt: skip
+ORDERS = {"unipc": 2, "dpm++": 2, "ddim": 1}
 SCHEDULER_FIXED = dict(
-    num_train_timesteps=1000, prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=2,
+    num_train_timesteps=1000, prediction_type="flow_prediction", use_flow_sigmas=True,
     use_dynamic_shifting=False, use_karras_sigmas=False, use_exponential_sigmas=False, use_beta_sigmas=False,
     thresholding=False, predict_x0=True, lower_order_final=True, final_sigmas_type="zero", disable_corrector=[],
     euler_at_final=False, use_lu_lambdas=False, shift_terminal=None, stochastic_sampling=False,
@@ -235,7 +236,15 @@ class Pipeline(Networks):
     @property
     def solver(self) -> str:
         """Its scheduler, by its name in `sorax.sampler`."""
-        return next(solver for solver, name in SCHEDULERS.items() if name == self.scheduler["_class_name"])
+        return solver_of(self.scheduler)
+
+
+def solver_of(scheduler: dict) -> str | None:
+    """The solver of `sorax.sampler` that a scheduler is; None where there is none."""
+    order = scheduler.get("solver_order", 2)
+    same = (solver for solver, name in SCHEDULERS.items() if name == scheduler.get("_class_name")
+            and ORDERS.get(solver, order) == order)  # fmt: skip
+    return next(same, None)
 
 
 def read_diffusers(folder) -> Pipeline:
@@ -269,7 +278,9 @@ def open_diffusers(folder) -> Pipeline:
     scheduler = read_json(path)
     if scheduler.get("_class_name") not in SCHEDULERS.values():
         raise UserError(f"{path}: a {scheduler.get('_class_name')} is not supported, only "
-                        f"{', '.join(SCHEDULERS.values())}")  # fmt: skip
+                        f"{', '.join(dict.fromkeys(SCHEDULERS.values()))}")  # fmt: skip
+    if solver_of(scheduler) is None:
+        raise UserError(f"{path}: solver_order = {scheduler['solver_order']!r} is not supported, only 2")
     for key, value in SCHEDULER_FIXED.items():
         # These two are off unless a multistep scheduler says otherwise; Euler's is never otherwise.
         needed = key in ("prediction_type", "use_flow_sigmas") and scheduler["_class_name"] != SCHEDULERS["euler"]

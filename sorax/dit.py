@@ -141,6 +141,15 @@ def run_layers(step, x, layers, *, remat: str = "none", unroll: bool = False):
     return jax.lax.scan(body, x, layers)[0]
 
 
+def run_some_layers(step, x, layers, first: int, last: int):
+    """x after layers first .. last - 1 of stacked ones, none of which is copied. Without a gradient."""
+
+    def body(k, x):
+        return step(x, jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, k, keepdims=False), layers))
+
+    return jax.lax.fori_loop(first, last, body, x)
+
+
 def linear(n_in, n_out, rngs, std=None):
     init = nnx.initializers.xavier_uniform() if std is None else nnx.initializers.normal(std)
     return Linear(n_in, n_out, kernel_init=init, rngs=rngs)
@@ -229,7 +238,7 @@ class DiT(nnx.Module):
     def __call__(
         self, tokens, positions, segment_ids, levels, level_index, text, text_segment_ids, text_bias,
         *, remat: str = "none", unroll: bool = False, constrain=lambda x, tokens=True: x, attend=attention,
-        attend_text=attention, route=None, route_layers: tuple[int, int] = (1, -1),
+        attend_text=attention, route=None, route_layers: tuple[int, int] = (1, -1), remember=None,
     ):  # fmt: skip
         """Predicts `velocity = noise - x0` for every token of the rows.
 
@@ -246,12 +255,14 @@ class DiT(nnx.Module):
                 faster on a CPU, where a scan copies what it keeps for the backward pass.
             route: `sorax.routing.Route` of the tokens that skip some layers, in training; None: none does.
             route_layers: the first layer that they skip and the first that they do not, as in slices.
+            remember: in sampling, in place of running all layers `(x, x after the first, function of that for the
+                others) -> (x after all, memory)`, see `sorax.sampler.reuse_layers`.
             constrain: a sharding constraint, if any: applied to activations `[B, N, ...]`, and with tokens=False to
                 those of levels and text, `[B, S, ...]` and `[B, M, ...]`.
             attend, attend_text: attention of tokens to each other and to text, as `sorax.attention.attention`.
 
         Returns:
-            velocity `[B, N, P_out]`, ordered as `tokens`, in float32.
+            velocity `[B, N, P_out]`, ordered as `tokens`, in float32; with `remember` (velocity, memory).
         """
         config, dtype = self.config, tokens.dtype
         x = constrain(self.patch_embed(constrain(tokens)))
@@ -276,7 +287,13 @@ class DiT(nnx.Module):
             step = lambda x, layer: constrain(nnx.merge(graphdef, layer)(x, row))  # noqa: E731
             return run_layers(step, x, layers, remat=remat, unroll=unroll)
 
-        if route is None:
+        memory = None
+        if remember is not None:
+            step = lambda x, layer: constrain(nnx.merge(graphdef, layer)(x, row))  # noqa: E731
+            after_first = run_some_layers(step, x, layers, 0, 1)
+            rest = functools.partial(run_some_layers, step, layers=layers, first=1, last=config.num_layers)
+            x, memory = remember(x, after_first, rest)
+        elif route is None:
             x = run(x, row, layers)
         else:
             first, middle, last = (
@@ -295,4 +312,5 @@ class DiT(nnx.Module):
         x = (layer_norm(x, config.eps) * (1 + scale) + shift).astype(dtype)
         out = constrain(self.proj_out(x)).astype(jnp.float32)
         pt, ph, pw = config.patch_size
-        return einops.rearrange(out, "b n (pt ph pw c) -> b n (c pt ph pw)", pt=pt, ph=ph, pw=pw)
+        out = einops.rearrange(out, "b n (pt ph pw c) -> b n (c pt ph pw)", pt=pt, ph=ph, pw=pw)
+        return out if remember is None else (out, memory)

@@ -12,16 +12,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sorax import config as config_lib
-from sorax import flow, functional, mup, routing, sharding
+from sorax import distill, flow, functional, mup, routing, sharding
 from sorax import lora as lora_lib
 from sorax.attention import attention
 from sorax.dit import DiT, DiTConfig
 from sorax.errors import UserError
 from sorax.optim import OptimConfig
+from sorax.sampler import guide, make_solver
 from sorax.text import TextConfig, TextEncoder, drop_captions, drop_embeds, slot_bias
 from sorax.vae import VAEConfig
 
 SIGMA_BINS = 4
+RISING_LEVELS = 32  # that noise levels which rise along time are rounded to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +38,7 @@ class FlowConfig:
     shift_tokens: int = 0  # samples of so many tokens have train_shift, others by the square root; 0: all have it
     skip_share: float = 0.0  # of each sample's tokens, which skip layers in training (TREAD)
     skip_layers: tuple[int, int] = (1, -1)  # the first layer that they skip, and the first that they do not
+    rising: float = 0.0  # share of the clips whose noise rises along time, see `flow.draw_rising`
     sample_shift: float = 3.0
     caption_dropout: float = 0.1
     # weights of `flow.GIVEN_MODES`: nothing given, first latent frame, last, both ends, first k, last k, both ends with
@@ -50,6 +53,8 @@ class FlowConfig:
         if not 1 <= len(self.given) <= len(flow.GIVEN_MODES) or min(self.given) < 0 or not sum(self.given) > 0:
             raise ValueError(f"given is {self.given}: give up to {len(flow.GIVEN_MODES)} weights of at least 0, of "
                              f"{', '.join(flow.GIVEN_MODES)}")  # fmt: skip
+        if not 0 <= self.rising <= 1:
+            raise ValueError(f"rising is {self.rising}: it is a share of the clips, from 0 to 1")
         if not 0 <= self.skip_share < 1:
             raise ValueError(f"skip_share is {self.skip_share}: it is a share of the tokens, from 0 to below 1")
         least, most = self.first_k
@@ -69,7 +74,7 @@ class DiTTask:
     validation: (params, batch, sigma, key, constants) -> (summed error, tokens) at one noise level, nothing given.
     frozen: shapes, types and places of the networks that are not trained.
     constants: likewise of what the loss takes: `frozen` or, where captions were embedded before, the embedding of the
-        empty one, "empty_caption", in place of the text encoder.
+        empty one, "empty_caption", in place of the text encoder; and the DiT "teacher" of what is distilled.
     networks: params | constants -> dict(dit=, text=), the DiT's for `dit_graph`, its graph definition: with a LoRA
         both have its adapters.
     batch_shapes: shapes and types of the arrays of a step's batch, of all processes together.
@@ -118,7 +123,8 @@ def mesh_options(mesh) -> dict:
 
 
 def dit_task(config, data, settings, mesh) -> DiTTask:
-    """Rectified flow over packed latent rows, with the text encoder trained along, kept as it is, or left out.
+    """Rectified flow over packed latent rows, with the text encoder trained along, kept as it is, or left out; or its
+    distillation (`sorax.distill`).
 
     Args:
         config: of a DiT experiment. data: its `DataConfig`. settings: its `TrainConfig`.
@@ -170,6 +176,19 @@ def dit_task(config, data, settings, mesh) -> DiTTask:
         place = sharding.replicated(mesh)
         constants["empty_caption"] = jax.ShapeDtypeStruct((text_model.width,), dtype, sharding=place)
 
+    distilled = config_lib.build(distill.DistillConfig, config.get("distill") or {}, "distill")
+    if distilled.steps:
+        if "text" not in kept or lora.rank or "dit" in kept or flow_config.rising or flow_config.skip_share:
+            raise UserError("config.distill.steps makes a student of the DiT of config.init, with its text encoder: "
+                            "set config.train.freeze to ('text',), and neither lora nor flow.rising nor "
+                            "flow.skip_share")  # fmt: skip
+        constants["teacher"] = functional.abstract(*networks["dit"])[1]
+        constants["teacher"] = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), constants["teacher"],
+            sharding.shardings_for(constants["teacher"], mesh),
+        )  # fmt: skip
+        bounds = make_solver("ddim", distilled.steps, flow_config.sample_shift).sigmas
+
     def text_of(params, batch, text_tokens):
         """[B, M, D] of captions, some of which were dropped since the batch was made."""
         if not data.text_embeds:
@@ -184,17 +203,33 @@ def dit_task(config, data, settings, mesh) -> DiTTask:
         rest = {name: x for name, x in params.items() if name != "lora"}
         return rest | dict(dit=lora_lib.join(params["dit"], functional.cast(params["lora"], dtype)))
 
-    def velocity_error(params, batch, text_tokens, given, levels, noise_key, route=None):
+    def velocity_error(params, batch, text_tokens, generated, level_index, levels, noise_key, route=None):
+        """[B, N]; level_index: `[B, N]`, which of levels `[B, S]` each token has."""
         params = functional.cast(join(params), dtype)
         ids, text_ids = batch["segment_ids"], batch["text_segment_ids"]
-        noisy, target, level_index = flow.noise_rows(noise_key, batch["tokens"], given, ids, levels)
-        text = text_of(params, batch, text_tokens)
-        velocity = nnx.merge(dit_graph, params["dit"])(
-            noisy.astype(dtype), batch["positions"], ids, levels, level_index, text, text_ids,
-            slot_bias(text_tokens, text_ids, S), route=route, route_layers=flow_config.skip_layers, **run_options,
-        )  # fmt: skip
-        generated = (ids != 0) & ~given
-        return flow.token_loss(velocity, target, generated)[1], generated, level_index
+
+        def network(dit, text_tokens):
+            """(noisy tokens, levels) -> velocity, with these captions."""
+            text, bias = text_of(params, batch, text_tokens), slot_bias(text_tokens, text_ids, S)
+            run = nnx.merge(dit_graph, dit)
+            return lambda x, levels: run(
+                x.astype(dtype), batch["positions"], ids, levels, level_index, text, text_ids, bias, route=route,
+                route_layers=flow_config.skip_layers, **run_options,
+            )  # fmt: skip
+
+        student = network(params["dit"], text_tokens)
+        if not distilled.steps:
+            noisy, target = flow.noise_rows(noise_key, batch["tokens"], level_index, levels)
+            return flow.token_loss(student(noisy, levels), target, generated)[1]
+        teacher = network(params["teacher"], text_tokens)
+        if distilled.guidance != 1:
+            empty = drop_captions(noise_key, batch["text_tokens"], text_ids, S, 1.0)
+            told, untold = teacher, network(params["teacher"], empty)
+            teacher = lambda x, levels: guide(told(x, levels), untold(x, levels), distilled.guidance)  # noqa: E731
+        noise = jax.random.normal(noise_key, batch["tokens"].shape, batch["tokens"].dtype)
+        before, end = distill.before_and_end(levels, bounds, flow_config.sample_shift, distilled.teacher_steps)
+        error = distill.consistency_error(student, teacher, batch["tokens"], noise, level_index, levels, before, end)
+        return flow.token_loss(*error, generated)[1]
 
     def loss(params, batch, key, step, constants):
         sigma_key, given_key, drop_key, noise_key = jax.random.split(key, 4)
@@ -203,19 +238,28 @@ def dit_task(config, data, settings, mesh) -> DiTTask:
         shift = flow_config.train_shift
         if flow_config.shift_tokens:
             shift = flow.shift_for_length(ids, S, shift, flow_config.shift_tokens)
-        levels = flow.draw_sigma(
-            sigma_key, (ids.shape[0], S), kind=flow_config.sigma, mean=flow_config.sigma_mean,
-            std=flow_config.sigma_std, mode_scale=flow_config.mode_scale, shift=shift,
-        )  # fmt: skip
-        levels = jnp.pad(levels, ((0, 0), (1, 0)))
+        if distilled.steps:
+            levels = distill.draw_levels(sigma_key, (ids.shape[0], S), bounds, flow_config.sample_shift)
+        else:
+            levels = flow.draw_sigma(
+                sigma_key, (ids.shape[0], S), kind=flow_config.sigma, mean=flow_config.sigma_mean,
+                std=flow_config.sigma_std, mode_scale=flow_config.mode_scale, shift=shift,
+            )  # fmt: skip
+        levels = jnp.pad(levels, ((0, 0), (1, 0)))  # the first is the clean one
         given = flow.draw_given(given_key, batch["positions"], ids, S, flow_config.given, flow_config.first_k)
+        level_index = ids
+        if flow_config.rising:
+            more, rising = flow.draw_rising(jax.random.fold_in(sigma_key, 1), batch["positions"], ids, S,
+                                            flow_config.rising, shift, RISING_LEVELS)  # fmt: skip
+            given = given | (rising == 0)
+            level_index = jnp.where(rising > 0, S + rising, ids)
+            levels = jnp.concatenate([levels, more], axis=1)
+        generated, level_index = (ids != 0) & ~given, jnp.where(given, 0, level_index)
         text = drop_captions(drop_key, batch["text_tokens"], batch["text_segment_ids"], S, flow_config.caption_dropout)
         route = None
         if flow_config.skip_share:
             route = routing.choose(jax.random.fold_in(key, 4), ids, S, flow_config.skip_share)
-        error, generated, level_index = velocity_error(
-            params | constants, batch, text, given, levels, noise_key, route
-        )
+        error = velocity_error(params | constants, batch, text, generated, level_index, levels, noise_key, route)
         sums = dict(loss=(jnp.sum(error), jnp.sum(generated, dtype=jnp.float32)))
         sigma = jnp.take_along_axis(levels, level_index, axis=1)
         for k in range(SIGMA_BINS):
@@ -228,8 +272,8 @@ def dit_task(config, data, settings, mesh) -> DiTTask:
     def validation(params, batch, sigma, key, constants):
         ids = batch["segment_ids"]
         levels = jnp.full((ids.shape[0], S + 1), sigma).at[:, 0].set(0.0)
-        given = jnp.zeros(ids.shape, bool)
-        error, generated, _ = velocity_error(params | constants, batch, batch["text_tokens"], given, levels, key)
+        generated = ids != 0
+        error = velocity_error(params | constants, batch, batch["text_tokens"], generated, ids, levels, key)
         return jnp.sum(error), jnp.sum(generated)
 
     return DiTTask(

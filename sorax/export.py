@@ -202,13 +202,15 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict:
 
 def scheduler_json(solver: str, shift: float) -> dict:
     """scheduler_config.json of the scheduler that is this solver."""
-    multistep = {
-        "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": float(shift), "solver_order": 2,
-        "use_dynamic_shifting": False,
-    }  # fmt: skip
+    own = {"shift": float(shift)}
+    if solver in convert.ORDERS:
+        own = {
+            "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": float(shift),
+            "solver_order": convert.ORDERS[solver],
+        }  # fmt: skip
     return {
         "_class_name": convert.SCHEDULERS[solver], "_diffusers_version": DIFFUSERS_VERSION, "num_train_timesteps": 1000,
-        **({"shift": float(shift), "use_dynamic_shifting": False} if solver == "euler" else multistep),
+        **own, "use_dynamic_shifting": False,
     }  # fmt: skip
 
 

@@ -154,20 +154,51 @@ def _around_a_box(key, positions, member, of_token):
     return inside == of_token(turned)
 
 
-def noise_rows(key, tokens, given, segment_ids, levels):
-    """Noises the tokens that are to be generated, each at its own sample's level.
+def draw_rising(key, positions, segment_ids, num_samples: int, probability: float, shift, num_levels: int):
+    """Noise levels that rise along time, as a sampler that lets later frames lag behind passes through them.
+
+    A frame's place on the schedule, from 0 (clean) to 1 (noise), is w + r * f, clipped, f from 0 at the first frame to
+    1 at the last: r, how far the last lags behind, is uniform in 0..1, w in -r..1. (After diffusion forcing, whose
+    levels are independent; Chen et al. 2024; and rolling diffusion; Ruhe et al. 2024.)
 
     Args:
-        tokens: `[B, N, P]` clean patches; given: `[B, N]` bool; segment_ids: `[B, N]` int in 0..S.
-        levels: `[B, S + 1]` sigma of each sample; entry 0 is the clean level and must be 0.
+        positions: `[B, N, 3]` int (t, h, w); segment_ids: `[B, N]` int in 0..num_samples.
+        probability: that a sample of two frames or more has such levels. shift: of the schedule, or one a sample
+            `[B, S]`.
+        num_levels: levels are rounded to so many; where the rounded ones lie is drawn for each row.
 
     Returns:
-        noisy tokens and velocity target `[B, N, P]`, and level_index `[B, N]` int: the level of each token.
+        the levels `[B, num_levels]`; and `[B, N]` int: which of them each token has, from 1, 0 for clean ones, and -1
+        for tokens of the samples that have no such levels.
     """
-    level_index = jnp.where(given, 0, segment_ids)
+    chosen_key, lag_key, place_key, grid_key = jax.random.split(key, 4)
+    B, time = positions.shape[0], positions[..., 0]
+    member = segment_ids[:, :, None] == jnp.arange(num_samples + 1)
+    last = jnp.max(jnp.where(member, time[:, :, None], 0), axis=1)  # [B, S + 1]
+    lag = jax.random.uniform(lag_key, last.shape)
+    first = (1 + lag) * jax.random.uniform(place_key, last.shape) - lag
+    chosen = jax.random.bernoulli(chosen_key, probability, last.shape) & (last > 0)
+    shift = jnp.pad(jnp.broadcast_to(shift, (B, num_samples)), ((0, 0), (1, 0)), constant_values=1.0)
+    first, lag, last, chosen, shift = (jnp.take_along_axis(x, segment_ids, axis=1)
+                                       for x in (first, lag, last, chosen, shift))  # fmt: skip
+    place = jnp.clip(first + lag * time / jnp.maximum(last, 1), 0, 1)
+    index = jnp.ceil(num_levels * shift_sigma(place, shift)).astype(jnp.int32)
+    levels = (jnp.arange(1, num_levels + 1) - jax.random.uniform(grid_key, (B, 1))) / num_levels
+    return levels, jnp.where(chosen, jnp.minimum(index, num_levels), -1)
+
+
+def noise_rows(key, tokens, level_index, levels):
+    """Noises tokens, each at its own level.
+
+    Args:
+        tokens: `[B, N, P]` clean patches. levels: `[B, S]` sigmas. level_index: `[B, N]` int, which is each token's.
+
+    Returns:
+        noisy tokens and velocity target `[B, N, P]`.
+    """
     sigma = jnp.take_along_axis(levels, level_index, axis=1)[..., None]
     noise = jax.random.normal(key, tokens.shape, tokens.dtype)
-    return add_noise(tokens, noise, sigma), velocity_target(tokens, noise), level_index
+    return add_noise(tokens, noise, sigma), velocity_target(tokens, noise)
 
 
 def token_loss(velocity, target, generated):

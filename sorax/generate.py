@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import jax
@@ -10,7 +11,6 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from data_pipelines.rows import RowSource
 from data_pipelines.text_tokens import Tokenizer
 from sorax import functional, sharding
 from sorax.attention import attention
@@ -18,13 +18,10 @@ from sorax.dit import DiT, DiTConfig
 from sorax.encode import Codec
 from sorax.errors import UserError
 from sorax.flow import add_noise
-from sorax.patchify import num_tokens, patchify, unpatchify
-from sorax.sampler import guide, integrate, make_solver, rescale_guidance, reuse_velocity, stack_solvers
-from sorax.text import PAD_ID, TextConfig, TextEncoder, slot_bias
-
-ROW_TOKENS = 512  # rows are this long, or as long as the longest request
-TOKENS_A_DEVICE = 8192  # at a time, where rows are short
-ROWS_A_DEVICE = 16
+from sorax.patchify import grid, num_tokens, patchify, unpatchify
+from sorax.request_rows import Item, Rows, groups_of
+from sorax.sampler import Kept, guide, integrate, make_solver, rescale_guidance, reuse_layers, stack_solvers, wait
+from sorax.text import TextConfig, TextEncoder, slot_bias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,24 +79,6 @@ def legal_shape(vae, patch_size, num_frames: int, height: int, width: int) -> tu
     return frames, *(g * max(1, int(x / g + 0.5)) for x, g in zip((height, width), grid))
 
 
-class _RequestExamples:
-    """Requests as the loader's examples: noise for latents, and captions padded to what both branches need."""
-
-    def __init__(self, noises, tokens, lengths):
-        self.noises, self.tokens = noises, tokens
-        self.shapes, self.text_lengths = np.array([z.shape[:3] for z in noises], np.int32), np.array(lengths, np.int32)
-
-    def __len__(self):
-        return len(self.noises)
-
-    def key(self, i):
-        return f"request {i}"
-
-    def __getitem__(self, i):
-        padding = self.text_lengths[i] - len(self.tokens[i])
-        return dict(latents=self.noises[i], text_tokens=np.pad(self.tokens[i], (0, padding), constant_values=PAD_ID))
-
-
 class Generator:
     """Text-to-video sampling with a DiT, its text encoder and tokenizer, and a VAE codec.
 
@@ -118,8 +97,8 @@ class Generator:
             attend, attend_text = sharding.attention_on(mesh, attention)
             options = dict(constrain=sharding.activation_constraint(mesh), attend=attend, attend_text=attend_text)
             place = sharding.replicated(mesh)
-        self._sample = jax.jit(functools.partial(sample_rows, networks, **options), out_shardings=place,
-                               static_argnames="num_samples")  # fmt: skip
+        self._sample = jax.jit(functools.partial(sample_groups, networks, **options), out_shardings=place,
+                               static_argnames="segments")  # fmt: skip
         self.runs = 0  # of the network, in the last call of `latents`: each is a batch of rows, of all its branches
 
     def placed(self, params: dict) -> dict:
@@ -135,7 +114,7 @@ class Generator:
     def latents(self, requests, *, num_steps: int, guidance_scale: float = 1.0, shift: float = 3.0,
                 solver: str = "euler", guidance_interval: tuple[float, float] | None = None,
                 guidance_rescale: float = 0.0, shift_tokens: int = 0, reuse: float = 0.0,
-                on_batch=lambda done: None) -> list[np.ndarray]:  # fmt: skip
+                rising: float = 0.0, on_batch=lambda done: None) -> list[np.ndarray]:  # fmt: skip
         """Final normalised latents `[t, h, w, C]` of requests.
 
         A request's result depends on its own prompt, shape and seed alone, not on what it is packed with; with `reuse`
@@ -148,68 +127,82 @@ class Generator:
                 (Kynkaanniemi et al. 2024); the other steps cost half. guidance_rescale: see `rescale_guidance`.
             shift_tokens: requests of so many tokens have that shift, others by the square root of theirs
                 (`flow.shift_for_length`); 0: all have it.
-            reuse: threshold of `reuse_velocity`; 0 is off.
+            reuse: threshold of `reuse_layers`; 0 is off.
+            rising: share of num_steps by which the last frame lags behind the first that is generated, from 0 to 1:
+                noise rises along time, and there are so many steps more. For networks that were trained with that
+                (`flow.draw_rising`).
             on_batch: called with the number of finished requests.
 
         Raises:
             UserError: a prompt that is too long, noise of the wrong shape, or settings out of range.
         """
         guidance = _guidance(guidance_scale, guidance_interval, guidance_rescale)
-        if not 0 <= reuse < 1 or shift_tokens < 0:
-            raise UserError(f"sampling: reuse is {reuse:g} and shift_tokens {shift_tokens}: the first is a relative "
-                            "change from 0 to below 1, the second a number of tokens")  # fmt: skip
+        if not 0 <= reuse < 1 or not 0 <= rising <= 1 or shift_tokens < 0:
+            raise UserError(f"sampling: reuse is {reuse:g}, rising {rising:g} and shift_tokens {shift_tokens}: the "
+                            "first is a relative change from 0 to below 1, the second a share of the steps from 0 to "
+                            "1, the third a number of tokens")  # fmt: skip
         noises = [self._noise(request) for request in requests]
         counts = [num_tokens(noise.shape[:3], self.dit_config.patch_size) for noise in noises]
+        fields = {}
+        if any(request.given for request in requests):
+            given = [self._given(request, noise) for request, noise in zip(requests, noises)]
+            fields |= dict(zip(("given", "clean"), zip(*given)))
+        lag, delays = round(rising * num_steps), [np.zeros(n, int) for n in counts]
+        if lag:
+            delays = [self._delays(lag, z, g) for z, g in zip(noises, fields.get("given", [None] * len(noises)))]
         shifts = [shift * math.sqrt(n / shift_tokens) if shift_tokens else shift for n in counts]
-        schedules = [(s, 1.0 if r.edit is None else r.edit[1]) for s, r in zip(shifts, requests)]
-        different = sorted(set(schedules)) or [(shift, 1.0)]
+        begins = [1.0 if request.edit is None else request.edit[1] for request in requests]
+        different, numbers = _schedules(shifts, begins, delays)
         try:
-            solvers = [make_solver(solver, num_steps, s, start=start) for s, start in different]
+            solvers = [wait(make_solver(solver, num_steps, s, start=start), delay, num_steps + lag)
+                       for s, start, delay in different or [(shift, 1.0, 0)]]  # fmt: skip
         except ValueError as error:
             raise UserError(f"sampling: {error}") from error
         self.runs = 0
         if not requests:
             return []
-        numbers = [different.index(schedule) for schedule in schedules]
-        starts = [self._start(*x, solvers[k].sigmas[0]) for *x, k in zip(requests, noises, numbers)]
-        prompts = [self.tokenizer.encode(r.prompt, "the prompt") for r in requests]
-        negatives = [self.tokenizer.encode(r.negative_prompt, "the negative prompt") for r in requests]
-        lengths = [max(len(p), len(n) if guidance else 0) for p, n in zip(prompts, negatives)]
-        rows, negative_rows = (self._rows(starts, tokens, lengths) for tokens in (prompts, negatives))
-        extra = {}
-        if any(request.given for request in requests):
-            given = [self._given(request, noise) for request, noise in zip(requests, noises)]
-            masks, clean = zip(*given)
-            extra = dict(given=self._rows(masks, prompts, lengths), clean=self._rows(clean, prompts, lengths))
+        starts = [self._start(*x, solvers[k[0]].sigmas[0]) for *x, k in zip(requests, noises, numbers)]
+        fields["tokens"] = [self._patches(start) for start in starts]
         if len(solvers) > 1:
-            which = [np.full_like(noise, k) for noise, k in zip(noises, numbers)]
-            extra["schedule"] = self._rows(which, prompts, lengths)
+            fields["schedule"] = numbers
         steps = solvers[0] if len(solvers) == 1 else stack_solvers(solvers)
 
-        results, count = [None] * len(requests), len(rows.plan(0))
-        parts = 1 if self.mesh is None else sharding.batch_parts(self.mesh)
-        # As many a device however many there are: the same program, and so the same numbers to the bit.
-        size = parts * min(max(1, TOKENS_A_DEVICE // rows.row_tokens), ROWS_A_DEVICE, count)
-        for start in range(0, count, size):
-            indices = [min(i, count - 1) for i in range(start, start + size)]  # the last batch repeats its last row
-            batch = _stack([rows[i] for i in indices])
-            negative = _stack([negative_rows[i] for i in indices])["text_tokens"]
-            batch |= {name: _stack([source[i] for i in indices])["tokens"] for name, source in extra.items()}
+        items = [self._item(request, noise, bool(guidance)) for request, noise in zip(requests, noises)]
+        groups, results = groups_of(counts), [None] * len(requests)
+        multiple = math.lcm(16, 1 if self.mesh is None else self.mesh.shape["context"])
+        rows = {}  # where the network runs on both branches, and where on one alone
+        if guidance is None or "interval" in guidance:
+            rows["one"] = Rows(items, groups, (0,), multiple)
+        if guidance is not None:
+            rows["two"] = Rows(items, groups, (0, 1), multiple)
+        some = next(iter(rows.values()))
+        # A group a device however many there are: the same program, and so the same numbers to the bit.
+        size = 1 if self.mesh is None else sharding.batch_parts(self.mesh)
+        for start in range(0, len(groups), size):
+            indices = [min(i, len(groups) - 1) for i in range(start, start + size)]  # the last ones repeat the last
+            batch = {name: x.arrays(indices) for name, x in rows.items()}
+            batch |= _end_to_end(fields, some, indices)
             if self.mesh is not None:
-                batch, negative = sharding.put_rows((batch, negative), self.mesh)
-            num_samples = max(len(row) for row in (rows.samples(i) for i in range(count)))
-            final, runs = self._sample(self.params, batch, negative, steps, guidance, reuse or None,
-                                       num_samples=num_samples)  # fmt: skip
+                batch = sharding.put_rows(batch, self.mesh)
+            segments = max(x.segments for x in rows.values())
+            final, runs = self._sample(self.params, batch, steps, guidance, reuse or None, segments=segments)
             self.runs += int(runs)
-            for row, i in zip(np.asarray(final), indices):
-                offset = 0
-                for sample in rows.samples(i):
-                    shape = noises[sample].shape
-                    n = num_tokens(shape[:3], self.dit_config.patch_size)
-                    results[sample] = unpatchify(row[offset : offset + n], shape[:3], self.dit_config.patch_size)
-                    offset += n
+            for tokens, index in zip(np.asarray(final), indices):
+                for i, at in some.starts(index).items():
+                    shape = noises[i].shape[:3]
+                    results[i] = unpatchify(tokens[at : at + counts[i]], shape, self.dit_config.patch_size)
             on_batch(sum(r is not None for r in results))
         return results
+
+    def _item(self, request, noise, guided):
+        """How a request is packed; what guidance leads away from is its second caption."""
+        captions = [self.tokenizer.encode(request.prompt, "the prompt")]
+        if guided:
+            captions.append(self.tokenizer.encode(request.negative_prompt, "the negative prompt"))
+        return Item(grid(noise.shape[:3], self.dit_config.patch_size), tuple(captions))
+
+    def _patches(self, latents):
+        return patchify(latents, self.dit_config.patch_size)
 
     def _noise(self, request):
         t, h, w = self.codec.config.latent_shape(request.num_frames, request.height, request.width)
@@ -231,33 +224,56 @@ class Generator:
                             "same, of finite numbers")  # fmt: skip
         return add_noise(latents, noise, sigma)
 
+    def _delays(self, lag, noise, given):
+        """Steps int [n] after which each patch begins: more along time, from the first frame on that has to be made."""
+        t, h, w = grid(noise.shape[:3], self.dit_config.patch_size)
+        made = np.ones(t, bool) if given is None else ~given.reshape(t, -1).all(axis=1)
+        frame = np.maximum(np.arange(t) - np.argmax(made), 0)
+        return np.repeat(np.round(lag * frame / max(1, frame[-1])).astype(int), h * w)
+
     def _given(self, request, noise):
-        """(1 where given, else 0; given latents), both `[t, h, w, C]`."""
+        """(bool [n], which of its n patches are given; given patches [n, P])."""
         if request.given is None:
-            return np.zeros_like(noise), np.zeros_like(noise)
+            nothing = self._patches(np.zeros_like(noise))
+            return np.zeros(len(nothing), bool), nothing
         mask, latents = (np.asarray(x) for x in request.given)
         if mask.shape != noise.shape[:3] or latents.shape != noise.shape:
             raise UserError(f"what is given has shapes {mask.shape} and {latents.shape}, the video's latents "
                             f"{noise.shape}: make the mask [t, h, w] and the latents [t, h, w, C] of that")  # fmt: skip
         if not np.isfinite(latents[mask]).all():
             raise UserError("what is given holds NaN or infinite values")
-        patches = patchify(mask[..., None], self.dit_config.patch_size)
+        patches = self._patches(mask[..., None])
         if not (patches.all(-1) | ~patches.any(-1)).all():
             raise UserError(f"a patch of {self.dit_config.patch_size} is given in part: round the mask to whole "
                             "patches")  # fmt: skip
-        wide = np.broadcast_to(mask[..., None], noise.shape).astype(np.float32)
-        return wide, np.where(mask[..., None], latents, 0).astype(np.float32)
+        return patches.all(-1), self._patches(np.where(mask[..., None], latents, 0).astype(np.float32))
 
-    def _rows(self, noises, tokens, lengths):
-        patch_size = self.dit_config.patch_size
-        counts = [num_tokens(noise.shape[:3], patch_size) for noise in noises]
-        # Lengths are rounded up, so that sets of requests that differ a little share a compiled program.
-        context = 1 if self.mesh is None else self.mesh.shape["context"]
-        row_tokens = _round_up(min(max(ROW_TOKENS, max(counts)), sum(counts)), math.lcm(16, context))
-        share = max((n + 1) / c for n, c in zip(lengths, counts))
-        row_text = _round_up(int(min(share * row_tokens, sum(lengths) + len(lengths))) + max(lengths) + 1, 64)
-        return RowSource(_RequestExamples(noises, tokens, lengths), row_tokens=row_tokens, row_text=row_text,
-                         batch_size=1, seed=0, patch_size=patch_size)  # fmt: skip
+
+def _schedules(shifts, begins, delays):
+    """The different (shift, beginning, delay) of requests, and int [n] for each: which of them each patch has.
+
+    delays: int [n] of each, of its patches.
+    """
+    late = [np.unique(delay, return_inverse=True) for delay in delays]
+    schedules = [[(*both, delay) for delay in some.tolist()] for *both, (some, _) in zip(shifts, begins, late)]
+    different = sorted(set(itertools.chain(*schedules)))
+    numbers = [np.array([different.index(one) for one in some], np.int32) for some in schedules]
+    return different, [some[which] for some, (_, which) in zip(numbers, late)]
+
+
+def _end_to_end(fields, rows, groups):
+    """Arrays `[G, T, ...]` of lists of arrays `[n, ...]`, one a request, and `requests` int `[G, T]`: whose each token
+    is, 0 where there is none."""
+    out = {name: np.zeros((len(groups), rows.T, *values[0].shape[1:]), values[0].dtype)
+           for name, values in fields.items()}  # fmt: skip
+    out["requests"] = np.zeros((len(groups), rows.T), np.int32)
+    for g, group in enumerate(groups):
+        for number, (i, at) in enumerate(rows.starts(group).items(), start=1):
+            here = slice(at, at + rows.items[i].tokens)
+            out["requests"][g, here] = number
+            for name, values in fields.items():
+                out[name][g, here] = values[i]
+    return out
 
 
 def _guidance(scale, interval, rescale):
@@ -275,105 +291,121 @@ def _guidance(scale, interval, rescale):
     return guidance | (dict(rescale=rescale) if rescale else {})
 
 
-def sample_rows(networks, params, rows, negative_tokens, solver, guidance=None, reuse=None, *, num_samples,
-                **run_options):  # fmt: skip
-    """Packed rows `[B, N, P]` denoised over the noise levels of a solver; the networks run in their parameters' dtype.
+def sample_groups(networks, params, batch, solver, guidance=None, reuse=None, *, segments, **run_options):
+    """Tokens `[G, T, P]` of groups of requests, denoised over the noise levels of a solver.
+
+    A request's tokens are kept once; the network sees them in packed rows (`sorax.request_rows`), twice where there is
+    guidance. It runs in its parameters' dtype.
 
     Args:
         networks: graph definitions of the DiT and the text encoder. params: dict(dit=, text=).
-        rows: batch of packed rows (`data_pipelines.rows`) whose tokens are noise; where something is given, also
-            `given` and `clean`, `[B, N, P]`: 1 at what is given, and what is there. Given tokens have the clean level.
-            Where there are several schedules, also `schedule` `[B, N, P]`, the number of each token's.
-        negative_tokens: `[B, M]` int, what guidance leads away from, packed as the captions are.
+        batch: tokens `[G, T, P]`, noise; requests `[G, T]`, whose they are; where something is given, given bool
+            `[G, T]` and clean `[G, T, P]`, what is there: given tokens have the clean level. Where there are several
+            schedules, schedule int `[G, T]`, the number of each token's. And the rows' arrays (`Rows.arrays`): "two" of
+            both branches where there is guidance, "one" of the first where there is none, or not at all steps.
         solver: of one schedule, or several of them stacked.
         guidance: None, or dict of scale and, as they are wanted, interval and rescale (see `Generator.latents`).
-        reuse: None, or the threshold of `reuse_velocity`.
-        num_samples: most samples of a row. run_options: of `DiT.__call__`.
+        reuse: None, or the threshold of `reuse_layers`.
+        segments: most segments of a row. run_options: of `DiT.__call__`.
 
     Returns:
-        rows `[B, N, P]`, and how often the network ran.
+        `[G, T, P]`, and how often the network ran (with `reuse`, all of it).
     """
     dit, encoder = (nnx.merge(graph, params[name]) for graph, name in zip(networks, ("dit", "text")))
     dtype = params["dit"]["patch_embed"]["kernel"].dtype
-    # Both branches of guidance are rows of one batch: the second half has the negative prompts.
-    texts = [rows["text_tokens"], negative_tokens] if guidance else [rows["text_tokens"]]
-    both = lambda x: jnp.concatenate([x] * len(texts))  # noqa: E731
-    text_tokens, text_ids = jnp.concatenate(texts), both(rows["text_segment_ids"])
-    text, bias = encoder(text_tokens, text_ids), slot_bias(text_tokens, text_ids, num_samples)
+    texts = {}
+    for name in sorted({"one", "two"} & batch.keys()):
+        tokens, ids = batch[name]["text_tokens"], batch[name]["text_segment_ids"]
+        texts[name] = encoder(tokens, ids), ids, slot_bias(tokens, ids, segments)
 
-    B, ids = rows["tokens"].shape[0], rows["segment_ids"]
-    given = rows["given"] != 0 if "given" in rows else None
+    requests, given = batch["requests"], batch.get("given")
     schedules = solver.levels.shape[1] if solver.levels.ndim > 1 else 1
-    level_index = rows["schedule"][..., 0].astype(jnp.int32) if schedules > 1 else jnp.zeros(ids.shape, jnp.int32)
+    level_index = batch["schedule"] if schedules > 1 else jnp.zeros(requests.shape, jnp.int32)
 
     def spread(weight):
         return jnp.take(weight, level_index)[..., None] if schedules > 1 else weight
 
-    token_levels = level_index if given is None else jnp.where(given[..., 0], schedules, level_index)
+    token_levels = level_index if given is None else jnp.where(given, schedules, level_index)
 
     def put(x):
-        return x if given is None else jnp.where(given, rows["clean"], x)
+        return x if given is None else jnp.where(given[..., None], batch["clean"], x)
 
-    def network(x, sigma, branches):
-        repeat = lambda a: jnp.concatenate([a] * branches)  # noqa: E731
+    def network(x, sigma, name, memory):
+        """Velocities `[G, T, P]` of each branch in the rows of that name, and the memory that `reuse` has."""
+        rows = batch[name]
         levels = jnp.append(jnp.atleast_1d(sigma), 0.0)  # as noisy as the schedules have them, and clean
-        levels = jnp.broadcast_to(levels, (branches * B, schedules + 1))
-        return dit(
-            repeat(x).astype(dtype), repeat(rows["positions"]), repeat(ids), levels, repeat(token_levels),
-            *(a[: branches * B] for a in (text, text_ids, bias)), **run_options,
+        (B, N), options = rows["segment_ids"].shape, run_options
+        if reuse is not None:
+            change = functools.partial(_largest_change, ids=rows["segment_ids"], segments=segments)
+            remember = functools.partial(reuse_layers, kept=memory[name], threshold=reuse, change=change)
+            options = options | dict(remember=remember)
+        velocity = dit(
+            _take(x, rows["source"]).reshape(B, N, -1).astype(dtype), rows["positions"], rows["segment_ids"],
+            jnp.broadcast_to(levels, (B, schedules + 1)), _take(token_levels, rows["source"]).reshape(B, N),
+            *texts[name], **options,
         )  # fmt: skip
+        if reuse is not None:
+            velocity, kept = velocity
+            memory = memory | {name: kept}
+        velocity = velocity.reshape(len(x), -1, x.shape[-1])
+        return [_take(velocity, places) for places in jnp.moveaxis(rows["places"], 1, 0)], memory
 
-    generated = (ids != 0) if given is None else (ids != 0) & ~given[..., 0]
+    counted = (requests != 0) if given is None else (requests != 0) & ~given
 
-    def guided(x, sigma):
-        conditional, unconditional = jnp.split(network(x, sigma, 2), 2)
+    def plain(x, sigma, memory):
+        (velocity,), memory = network(x, sigma, "one", memory)
+        return velocity, memory
+
+    def guided(x, sigma, memory):
+        (conditional, unconditional), memory = network(x, sigma, "two", memory)
         scale = guidance["scale"]
         if "interval" in guidance:
             scale = spread(jnp.where(_inside(sigma, guidance["interval"]), scale, 1.0))
         velocity = guide(conditional, unconditional, scale)
         if "rescale" in guidance:
-            deviation = functools.partial(_sample_deviation, ids=ids, counted=generated, num_samples=num_samples)
+            deviation = functools.partial(_deviation, requests=requests, counted=counted)
             velocity = rescale_guidance(velocity, conditional, guidance["rescale"], deviation)
-        return velocity
+        return velocity, memory
 
-    def velocity(x, sigma):
+    def velocity(x, sigma, memory):
         x = put(x)
-        if guidance is None:
-            return network(x, sigma, 1)
-        if "interval" not in guidance:
-            return guided(x, sigma)
+        if guidance is None or "interval" not in guidance:
+            return (plain if guidance is None else guided)(x, sigma, memory)
         some = jnp.any(_inside(sigma, guidance["interval"]))
-        return jax.lax.cond(some, lambda: guided(x, sigma), lambda: network(x, sigma, 1))
+        return jax.lax.cond(some, guided, plain, x, sigma, memory)
 
-    steps = solver.levels.shape[0]
-    if reuse is None:
-        return put(integrate(velocity, rows["tokens"], solver, spread)), steps
-
-    def mean(x):
-        return jnp.sum(x * generated[..., None]) / jnp.maximum(jnp.sum(generated) * x.shape[-1], 1)
-
-    run, begin = reuse_velocity(velocity, steps, reuse, mean)
-    x, memory = integrate(run, rows["tokens"], solver, spread, begin(rows["tokens"]))
-    return put(x), memory.runs
+    memory, width = {}, params["dit"]["patch_embed"]["kernel"].shape[1]
+    if reuse is not None:
+        memory = {name: Kept.nothing((*batch[name]["segment_ids"].shape, width), dtype) for name in texts}
+    x, memory = integrate(velocity, batch["tokens"], solver, spread, memory)
+    return put(x), sum(kept.runs for kept in memory.values()) if memory else solver.levels.shape[0]
 
 
 def _inside(sigma, interval):
     return (interval[0] <= sigma) & (sigma <= interval[1])
 
 
-def _sample_deviation(x, ids, counted, num_samples):
-    """Standard deviation `[B, N, 1]` of the values of x `[B, N, P]` over the counted tokens of each token's sample."""
-    member = jax.nn.one_hot(ids, num_samples + 1) * counted[..., None]  # [B, N, S + 1]
-    count = jnp.maximum(jnp.sum(member, axis=1), 1) * x.shape[-1]
-    mean = jnp.einsum("bns,bnp->bs", member, x) / count
-    centred = x - jnp.einsum("bns,bs->bn", member, mean)[..., None]
-    variance = jnp.einsum("bns,bnp->bs", member, jnp.square(centred)) / count
-    return jnp.take_along_axis(jnp.sqrt(variance), ids, axis=1)[..., None]
+def _largest_change(now, before, ids, segments):
+    """How much arrays `[B, N, D]` of rows differ, relative to what was before, in the segment that differs most."""
+    total = jax.vmap(functools.partial(jax.ops.segment_sum, num_segments=segments + 1))
+    moved, size = (total(jnp.sum(jnp.abs(x.astype(jnp.float32)), axis=-1), ids) for x in (now - before, before))
+    return jnp.max((moved / jnp.maximum(size, 1e-12))[:, 1:])
 
 
-def _round_up(n, multiple):
-    return -(-n // multiple) * multiple
+def _take(x, places):
+    """x `[G, n, ...]` at places int `[G, m]`: `[G, m, ...]`."""
+    return jax.vmap(lambda x, places: x[places])(x, places)
 
 
-def _stack(rows):
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+def _deviation(x, requests, counted):
+    """Standard deviation `[G, T, 1]` of the values of x `[G, T, P]` over the counted tokens of each token's request."""
+
+    def of_group(x, requests, counted):
+        total = functools.partial(jax.ops.segment_sum, segment_ids=requests, num_segments=len(x) + 1)
+        count = jnp.maximum(total(counted.astype(x.dtype)), 1)[:, None] * x.shape[-1]
+        counted = counted[:, None]
+        mean = jnp.sum(total(x * counted), axis=-1, keepdims=True) / count
+        centred = jnp.square(x - mean[requests]) * counted
+        return jnp.sqrt(jnp.sum(total(centred), axis=-1, keepdims=True) / count)[requests]
+
+    return jax.vmap(of_group)(x, requests, counted)

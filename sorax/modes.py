@@ -282,6 +282,14 @@ def untrained(mask, weights) -> str | None:
             f"with {', '.join(there) or 'nothing given'}; what comes out may not follow what is given")  # fmt: skip
 
 
+def untrained_rising(rising: float, share: float) -> str | None:
+    """The same of noise that rises along time. share: `config.flow.rising` of the run."""
+    if not rising or share > 0:
+        return None
+    return ("the checkpoint was not trained with noise that rises along time (config.flow.rising is 0): what comes out "
+            "may be worse than without")  # fmt: skip
+
+
 def frames_of_seconds(seconds: float, fps: float, what: str = "--seconds") -> int:
     """Frames in so many seconds, at least 1. Raises UserError unless they are above 0 and finite."""
     if not (seconds > 0 and math.isfinite(seconds)):

@@ -17,6 +17,7 @@ from sorax import flops, media, processes, read_weights, sharding
 from sorax import lora as lora_lib
 from sorax.captioner import CaptionerConfig
 from sorax.discriminator import DiscriminatorConfig
+from sorax.distill import DistillConfig
 from sorax.dit import DiTConfig
 from sorax.dit_data import prepare_data, prepare_vae
 from sorax.dit_task import FlowConfig, check_networks, check_rows, dit_task
@@ -157,7 +158,7 @@ def make_objective(config, workdir: str, mesh) -> Objective:
     makers = {"vae": vae_objective, "dit": dit_objective, "captioner": captioner_objective}
     if config.get("kind") not in makers:
         raise UserError(f"config.kind is {config.get('kind')!r}: use one of {', '.join(makers)}")
-    own = dict(vae=("loss", "discriminator", "discriminator_optim"), dit=("vae", "text", "flow", "lora"),
+    own = dict(vae=("loss", "discriminator", "discriminator_optim"), dit=("vae", "text", "flow", "lora", "distill"),
                captioner=("vae",))  # fmt: skip
     known = (*own[config.kind], "kind", "init", "model", "data", "optim", "train", "checkpoint", "mesh", "eval", "path")
     for section in config:
@@ -171,13 +172,14 @@ def complete(config):
     from sorax.train import CheckpointConfig, TrainConfig
 
     sections = dict(data=DataConfig, optim=OptimConfig, train=TrainConfig, checkpoint=CheckpointConfig, eval=EvalConfig,
-                    loss=VAELossConfig, flow=FlowConfig, lora=lora_lib.LoRAConfig, discriminator=DiscriminatorConfig,
-                    discriminator_optim=OptimConfig, mesh=sharding.MeshConfig)  # fmt: skip
+                    loss=VAELossConfig, flow=FlowConfig, lora=lora_lib.LoRAConfig, distill=DistillConfig,
+                    discriminator=DiscriminatorConfig, discriminator_optim=OptimConfig,
+                    mesh=sharding.MeshConfig)  # fmt: skip
     networks = dict(vae=dict(model=VAEConfig), dit=dict(model=DiTConfig, text=TextConfig),
                     captioner=dict(model=CaptionerConfig))  # fmt: skip
     sections |= networks.get(config.get("kind"), {})
-    own = dict(vae=dict(init="", discriminator={}, discriminator_optim=DISCRIMINATOR_OPTIM), dit=dict(init="", lora={}),
-               captioner=dict(init="", vae=dict(path="")))  # fmt: skip
+    own = dict(vae=dict(init="", discriminator={}, discriminator_optim=DISCRIMINATOR_OPTIM),
+               dit=dict(init="", lora={}, distill={}), captioner=dict(init="", vae=dict(path="")))  # fmt: skip
     with config.unlocked():
         for name, value in own.get(config.get("kind"), {}).items():
             if name not in config:
@@ -255,8 +257,16 @@ def dit_objective(config, workdir: str, mesh) -> Objective:
     val_rows = RowSource(val_examples, seed=0, **row_options)
 
     # --- What is read: networks that start from other weights, and those that keep them
+    if (steps := config.get("distill", {}).get("steps")) and (
+        (evaluation.solver, evaluation.num_steps, evaluation.guidance_scale) != ("ddim", steps, 1.0)
+    ):
+        raise UserError(f"config.distill makes a network of {steps} steps without guidance: set config.eval.solver to "
+                        f"ddim, config.eval.num_steps to {steps} and config.eval.guidance_scale to 1.0")  # fmt: skip
     kept = task.frozen.keys() & task.constants.keys()
     constants = start_params(config, workdir, kept, places=task.frozen) if kept else {}
+    if "teacher" in task.constants:
+        teacher = start_params(config, workdir, ["dit"], places=dict(dit=task.constants["teacher"]))
+        constants["teacher"] = teacher["dit"]
     if data.text_embeds:
         empty = task.constants["empty_caption"]
         constants["empty_caption"] = jax.device_put(examples.empty_caption.astype(empty.dtype), empty.sharding)

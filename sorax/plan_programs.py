@@ -16,7 +16,7 @@ from sorax.devices import GIB
 from sorax.dit import DiT
 from sorax.dit_task import mesh_options
 from sorax.encode import CLIPS_A_BATCH, ENCODE, PIXELS_A_BATCH, chunk_frames
-from sorax.generate import sample_rows
+from sorax.generate import sample_groups
 from sorax.objectives import DataConfig
 from sorax.optim import make_tx
 from sorax.sampler import make_solver
@@ -129,25 +129,31 @@ def train_program(recipe, task, mesh, topology, rows) -> Program:
 
 
 def sample_program(recipe, task, mesh, topology, rows) -> Program:
-    """One guided step of `sorax.generate`: a row for every data-parallel rank, in the dtype of training."""
+    """One guided step of `sorax.generate`: a row's videos for every data-parallel rank, in the dtype of training."""
     from sorax.train import compute_dtype
 
     dtype = compute_dtype(recipe.settings.dtype, "tpu")
     params = {name: params_of(task)[name] for name in ("dit", "text")}  # a LoRA is merged then
     places = sharding.shardings_for(params, mesh)
     params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), params, places)
-    count, whole = sharding.batch_parts(mesh), sharding.batch_sharding(mesh)
-    batch = {k: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype, sharding=whole)
-             for k, x in task.batch_shapes.items()}  # fmt: skip
+    G, N = sharding.batch_parts(mesh), recipe.data.row_tokens  # a group for every rank: two rows, one a branch
+    fields = {name: x.shape[1:] for name, x in task.batch_shapes.items()}
+    two = {name: (2 * G, *fields[name]) for name in ("positions", "segment_ids", "text_tokens", "text_segment_ids")}
+    shapes = dict(tokens=(G, *fields["tokens"]), requests=(G, N), two=two | dict(source=(G, 2 * N), places=(G, 2, N)))
+    whole = sharding.batch_sharding(mesh)
+    batch = jax.tree.map_with_path(
+        lambda path, shape: jax.ShapeDtypeStruct(shape, jnp.float32 if path[0].key == "tokens" else jnp.int32,
+                                                 sharding=whole), shapes, is_leaf=lambda x: isinstance(x, tuple)
+    )  # fmt: skip
     networks = functional.abstract(DiT, task.model)[0], functional.abstract(TextEncoder, task.text_model)[0]
-    sample = functools.partial(sample_rows, networks, num_samples=rows.samples, **mesh_options(mesh))
+    sample = functools.partial(sample_groups, networks, segments=rows.samples, **mesh_options(mesh))
     solver = make_solver("euler", 1, task.flow.sample_shift)
     memory = Memory(topology.device.memory, params=held(params), other_arguments=held(batch))
-    lengths, texts = ([n] * rows.samples * count * 2 for n in (rows.tokens, rows.text))
+    lengths, texts = ([n] * rows.samples * G * 2 for n in (rows.tokens, rows.text))
     work = flops.dit_forward(task.model, lengths, texts) + flops.text_forward(task.text_model, texts)
-    what = f"one guided step for {count} rows, {rows.samples * count} videos"
-    return _compile("sample", what, lambda: jax.jit(sample).lower(params, batch, batch["text_tokens"], solver,
-                                                                    dict(scale=5.0)), mesh, memory, work)  # fmt: skip
+    what = f"one guided step for {2 * G} rows, {rows.samples * G} videos"
+    return _compile("sample", what, lambda: jax.jit(sample).lower(params, batch, solver, dict(scale=5.0)), mesh,
+                    memory, work)  # fmt: skip
 
 
 def vae_program(way, recipe, task, mesh, topology, rows) -> Program:

@@ -90,6 +90,13 @@ class Run:
         return config_lib.build(FlowConfig, self.config.flow, "flow").given
 
     @property
+    def rising(self) -> float:
+        """The share of the clips that had noise rising along time in training."""
+        from sorax.dit_task import FlowConfig
+
+        return config_lib.build(FlowConfig, self.config.flow, "flow").rising
+
+    @property
     def gives_frames(self) -> bool:
         """Whether it is trained with given frames, and so makes videos from an image too."""
         return any(self.given[1:])

@@ -14,7 +14,7 @@ import numpy as np
 from sorax.flow import shift_sigma
 
 TRAIN_TIMESTEPS = 1000
-SOLVERS = ("euler", "unipc", "dpm++")
+SOLVERS = ("euler", "ddim", "unipc", "dpm++")
 
 
 @jax.tree_util.register_dataclass
@@ -41,6 +41,7 @@ def make_solver(name: str, num_steps: int, shift: float, order: int = 2, start: 
     Args:
         name: "euler" (FlowMatchEulerDiscreteScheduler), "unipc" (UniPCMultistepScheduler; Zhao et al. 2023) or "dpm++"
             (DPMSolverMultistepScheduler, the multistep form; Lu et al. 2022); the latter two with `use_flow_sigmas`.
+            "ddim" is dpm++ of order 1, which is Euler's step on its evenly spaced levels.
         num_steps: evaluations of the network. shift: of the noise schedule. order: of unipc and dpm++, 1 to 3.
         start: where on the schedule it begins, before the shift: 1 is noise, less is a sample with that much noise, to
             be added by the caller at the first of `sigmas` (SDEdit; Meng et al. 2022).
@@ -68,7 +69,7 @@ def make_solver(name: str, num_steps: int, shift: float, order: int = 2, start: 
     levels = np.floor(TRAIN_TIMESTEPS * sigmas) / TRAIN_TIMESTEPS
     sigmas = np.append(sigmas, 0).astype(np.float32)
     make = _unipc if name == "unipc" else _dpm
-    return _solver(levels, sigmas, *make(sigmas, order))
+    return _solver(levels, sigmas, *make(sigmas, 1 if name == "ddim" else order))
 
 
 def _solver(levels, sigmas, predictor, corrector):
@@ -79,6 +80,26 @@ def _solver(levels, sigmas, predictor, corrector):
 def stack_solvers(solvers) -> Solver:
     """Solvers of one kind and one number of steps as one: its tables have them along a last axis `[..., K]`."""
     return jax.tree.map(lambda *tables: np.stack(tables, axis=-1), *solvers)
+
+
+def wait(solver: Solver, before: int, num_steps: int) -> Solver:
+    """A solver whose steps come after `before` steps that change nothing, with such steps behind them up to a number.
+
+    Stacked, such solvers let parts of a sample lag behind others.
+    """
+    after = num_steps - before - len(solver.levels)
+    if before < 0 or after < 0:
+        raise ValueError(f"{len(solver.levels)} steps behind {before} are no part of {num_steps} steps")
+
+    def pad(table, first, last):
+        return np.concatenate([np.repeat(first[None], before, axis=0), table, np.repeat(last[None], after, axis=0)])
+
+    def still(table):
+        return None if table is None else pad(table, *[np.eye(1, table.shape[1], dtype=np.float32)[0]] * 2)
+
+    return Solver(pad(solver.levels, solver.levels[0], np.zeros_like(solver.levels[0])),
+                  pad(solver.sigmas, solver.sigmas[0], solver.sigmas[-1]), still(solver.predictor),
+                  still(solver.corrector))  # fmt: skip
 
 
 def sigma_schedule(num_steps: int, shift: float, start: float = 1.0) -> np.ndarray:
@@ -180,52 +201,40 @@ def rescale_guidance(guided, conditional, factor, deviation):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Memory:
-    """What `reuse_velocity` has seen: x and velocity when the network last ran, and how they changed before that."""
+class Kept:
+    """What `reuse_layers` keeps of when all layers ran: what the first one and what the others added to x."""
 
-    x: jax.Array
-    velocity: jax.Array
-    ratio: jax.Array  # of the change of the velocity to that of x, between the last two runs of the network
-    step: jax.Array  # how many there were
-    runs: jax.Array  # in how many of them the network ran
+    first: jax.Array
+    others: jax.Array
+    runs: jax.Array  # how often they did
+
+    @classmethod
+    def nothing(cls, shape, dtype):
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
 
 
-def reuse_velocity(velocity_fn, num_steps: int, threshold, mean=jnp.mean):
-    """A velocity function with a memory that says its last velocity again where the new one will hardly differ.
+def reuse_layers(x, after_first, others, *, kept: Kept, threshold, change):
+    """x after all layers of a network, of which all but the first are left out where the first one adds what it did.
 
-    The change is predicted: velocity changed by `ratio` times as much as x did when the network last ran, and how much
-    x has changed since is known (after EasyCache; Zhou et al. 2025, "Less is enough: training-free video diffusion
-    acceleration via runtime-adaptive caching"). The first two steps and the last one always run the network.
+    What they added when they ran last is added again (first-block caching, as ParaAttention and diffusers have it;
+    after TeaCache, Liu et al. 2024). All of a batch runs, or nothing of it.
 
     Args:
-        velocity_fn: `(x, sigma) -> velocity`. num_steps: of the solver.
-        threshold: largest predicted change, relative to the velocity: 0 reuses nothing; 0.05 to 0.2 is usual.
-        mean: of an array of the shape of x, over what matters.
+        x, after_first: before and after the first layer. others: function of `after_first`, the other layers.
+        threshold: largest relative change that is too small to matter: 0 reuses nothing; 0.05 to 0.2 is usual.
+        change: (what the first layer adds, what it added when all ran last) -> that relative change, a scalar.
 
     Returns:
-        `(x, sigma, memory) -> (velocity, memory)`, and function x -> the memory to begin with: for `integrate`.
+        x after all layers, and what is kept now.
     """
+    first = after_first - x
+    again = (kept.runs > 0) & (change(first, kept.first) < threshold)
 
-    def begin(x):
-        zero = jnp.zeros((), jnp.int32)
-        return Memory(jnp.zeros_like(x), jnp.zeros_like(x), jnp.zeros(()), zero, zero)
+    def fresh():
+        end = others(after_first)
+        return end, Kept(first, end - after_first, kept.runs + 1)
 
-    def run(x, sigma, memory):
-        moved = mean(jnp.abs(x - memory.x))
-        change = memory.ratio * moved / jnp.maximum(mean(jnp.abs(memory.velocity)), 1e-12)
-        again = (memory.step >= 2) & (memory.step < num_steps - 1) & (change < threshold)
-
-        def fresh():
-            velocity = velocity_fn(x, sigma)
-            ratio = mean(jnp.abs(velocity - memory.velocity)) / jnp.maximum(moved, 1e-12)
-            return velocity, Memory(x, velocity, ratio, memory.step + 1, memory.runs + 1)
-
-        def same():
-            return memory.velocity, dataclasses.replace(memory, step=memory.step + 1)
-
-        return jax.lax.cond(again, same, fresh)
-
-    return run, begin
+    return jax.lax.cond(again, lambda: (after_first + kept.others, kept), fresh)
 
 
 def integrate(velocity_fn, x, solver: Solver, spread=lambda weight: weight, memory=None):

@@ -73,6 +73,17 @@ def test_what_the_run_was_not_trained_for_is_warned_of(sample, tmp_path, capsys)
         assert json.loads(image.info["comment"])["prompt"] == ["x"]
 
 
+def test_noise_that_rises_is_warned_of_where_it_was_not_trained(sample, capsys):
+    assert sample("--prompt", "x", "--steps", "2", "--rising", "0.5", "--out", "r.gif") == 0
+    assert capsys.readouterr().err.count("warning: the checkpoint was not trained with noise that rises") == 1
+    assert comment_of_gif("r.gif")["sampling"]["rising"] == 0.5
+
+
+def comment_of_gif(path):
+    with Image.open(path) as image:
+        return json.loads(image.info["comment"])
+
+
 def test_scenes_are_cut_and_masks_are_rounded_and_named(sample, tmp_path, capsys):
     shots = ["--shot", "0:a red circle", "--shot", "1s:a blue one"]
     assert sample(*shots, "--cut", "--frames", "11", "--out", "s_%02d.png") == 0

@@ -57,7 +57,7 @@ def generator_of(n, tokenizer=TOKENIZER):
     return Generator(n.dit_config, n.dit, n.text_config, n.text, tokenizer, Codec(n.vae_config, n.vae))
 
 
-@pytest.mark.parametrize("solver, kind", [("euler", "bytes"), ("unipc", "bpe"), ("dpm++", "bpe")])
+@pytest.mark.parametrize("solver, kind", [("euler", "bytes"), ("unipc", "bpe"), ("dpm++", "bpe"), ("ddim", "bytes")])
 @pytest.mark.parametrize("shape", [(5, 32, 48), (1, 48, 32)], ids=str)
 def test_the_exported_folder_runs_in_diffusers(networks, tmp_path, solver, kind, shape):
     """Prompt to pixels through WanPipeline as in our sampler, with a negative prompt: latents to 1e-4 of the largest,

@@ -203,7 +203,8 @@ def test_given_tokens_stay_clean_and_others_have_their_samples_level(rows):
     mask = draw(0, *rows, jnp.array([0.2] * 5))
     table = jax.random.uniform(jax.random.key(1), (ROWS, len(SHAPES) + 1)).at[:, 0].set(0.0)
     tokens = jax.random.normal(jax.random.key(2), (*ids.shape, 8))
-    noisy, target, index = flow.noise_rows(jax.random.key(3), tokens, mask, ids, table)
+    index = jnp.where(mask, 0, ids)
+    noisy, target = flow.noise_rows(jax.random.key(3), tokens, index, table)
     sigma = jnp.take_along_axis(table, index, axis=1)
     clean = np.asarray(mask | (ids == 0))
     assert clean.any() and not clean.all()
@@ -212,6 +213,23 @@ def test_given_tokens_stay_clean_and_others_have_their_samples_level(rows):
         np.asarray(sigma)[~clean], np.asarray(jnp.take_along_axis(table, ids, axis=1))[~clean]
     )
     np.testing.assert_allclose(flow.denoised(noisy, target, sigma[..., None]), tokens, atol=1e-5, rtol=0)
+
+
+def test_rising_noise_rises_along_time_and_covers_what_a_sampler_passes_through(rows):
+    where, ids = rows
+    levels, index = flow.draw_rising(jax.random.key(0), where, ids, len(SHAPES), 0.7, 3.0, 16)
+    ids, index, levels = (np.asarray(x) for x in (ids, index, levels))
+    assert levels.shape == (ROWS, 16) and np.all(np.diff(levels) > 0) and levels.min() > 0 and levels.max() <= 1
+    assert np.all(index[(ids == 0) | (ids == 2)] == -1)  # padding and images
+    clip = index[:, ids[0] == 1].reshape(ROWS, 5, -1)
+    assert np.all(clip == clip[..., :1])
+    clip = clip[..., 0]
+    chosen = clip[:, 0] >= 0
+    assert 0.5 < chosen.mean() < 0.9 and np.all(clip[~chosen] == -1)
+    assert np.all(np.diff(clip[chosen]) >= 0)
+    spread = clip[chosen][:, -1] - clip[chosen][:, 0]
+    assert spread.min() <= 2 and spread.max() >= 12
+    assert (clip[chosen] == 0).any() and (clip[chosen] == 16).any()
 
 
 def test_loss_is_the_mean_over_generated_tokens_alone(rows):
@@ -280,21 +298,43 @@ def test_stacked_solvers_are_each_of_them(name, order):
         np.testing.assert_allclose(together[k], alone, rtol=1e-5, atol=1e-6)
 
 
-def test_reused_velocity_saves_runs_and_little_changes():
-    """On a gently curved flow; with a threshold of 0 every step runs the network, and the numbers are the same."""
-    def velocity(x, sigma):
-        return jnp.sin(x) + 0.3 * sigma
+@each_solver
+def test_a_solver_that_waits_makes_what_it_makes_without(name, order):
+    plain = sampler.make_solver(name, 5, 3.0, order)
+    waiting = [sampler.wait(plain, before, 9) for before in (0, 2, 4)]
+    x = jax.random.normal(jax.random.key(0), (3, 4))
+    made = sampler.integrate(lambda x, sigma: jnp.sin(x) * (1 + sigma[:, None]), x, sampler.stack_solvers(waiting),
+                             lambda weight: weight[:, None])  # fmt: skip
+    alone = sampler.integrate(lambda x, sigma: jnp.sin(x) * (1 + sigma), x, plain)
+    np.testing.assert_allclose(made, alone, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="no part of 9"):
+        sampler.wait(plain, 5, 9)
 
+
+def test_reused_layers_save_runs_and_little_changes():
+    """On a gently curved flow; with a threshold of 0 every step runs them, and the numbers are the same."""
     x, solver = jax.random.normal(jax.random.key(0), (64,)), sampler.make_solver("euler", 40, 1.0)
-    exact = sampler.integrate(velocity, x, solver)
+
+    def first(x, sigma):
+        return x + 0.3 * sigma * jnp.cos(x)
+
+    def others(x):
+        return 2 * jnp.sin(x)
+
+    def change(now, before):
+        return jnp.mean(jnp.abs(now - before)) / jnp.mean(jnp.abs(before))
+
+    exact = sampler.integrate(lambda x, sigma: others(first(x, sigma)), x, solver)
     runs, errors = [], []
     for threshold in (0.0, 0.05, 0.2):
-        run, begin = sampler.reuse_velocity(velocity, 40, threshold)
-        made, memory = sampler.integrate(run, x, solver, memory=begin(x))
-        runs.append(int(memory.runs))
+        def velocity(x, sigma, kept, threshold=threshold):
+            return sampler.reuse_layers(x, first(x, sigma), others, kept=kept, threshold=threshold, change=change)
+
+        made, kept = sampler.integrate(velocity, x, solver, memory=sampler.Kept.nothing(x.shape, x.dtype))
+        runs.append(int(kept.runs))
         errors.append(float(jnp.abs(made - exact).max()))
-    assert runs[0] == 40 and errors[0] < 1e-6
-    assert 40 > runs[1] > runs[2] >= 3 and errors[1] < errors[2] < 0.2
+    assert runs[0] == 40 and errors[0] < 1e-5
+    assert 40 > runs[1] > runs[2] >= 3 and errors[1] < errors[2] < 0.3
 
 
 @each_solver

@@ -123,7 +123,22 @@ def test_reuse_runs_the_network_less_and_zero_changes_nothing(generator):
     near = generator.latents(requests, **settings, reuse=0.5)[0]
     assert 3 <= generator.runs < 12
     assert np.abs(near - exact).mean() < 0.5 * np.abs(exact).mean()
-    for wrong in (dict(reuse=-1), dict(shift_tokens=-1), dict(guidance_interval=(0.9, 0.1)), dict(guidance_rescale=2)):
+    for wrong in (dict(reuse=-1), dict(rising=2), dict(shift_tokens=-1), dict(guidance_interval=(0.9, 0.1)),
+                  dict(guidance_rescale=2)):  # fmt: skip
         with pytest.raises(UserError, match="sampling: "):
             generator.latents(requests, **settings | wrong)
 
+
+
+def test_noise_that_rises_along_time_makes_first_frames_first_and_what_fits_is_unchanged(generator):
+    """Images have one frame, which does not wait; of clips the frames lag behind, those that are given do not count."""
+    image, video = Request("a", 1, 16, 16, seed=1), Request("b", *SHAPE, seed=2)
+    given = Request("c", *SHAPE, seed=3, given=given_frames(generator.codec, {0: clip(3)}, *SHAPE))
+    settings = SETTINGS | dict(num_steps=4)
+    plain, late = (generator.latents([image, video, given], **settings, rising=r) for r in (0.0, 0.5))
+    assert generator.runs == 6
+    for k in (0, 2):  # two frames of the third are given: the last has nothing to lag behind
+        np.testing.assert_allclose(late[k], plain[k], rtol=0, atol=1e-5 * np.abs(plain[k]).max())
+    assert np.abs(late[1] - plain[1]).max() > 1e-3
+    alone = generator.latents([video], **settings, rising=0.5)[0]
+    np.testing.assert_allclose(late[1], alone, rtol=0, atol=1e-5 * np.abs(alone).max())

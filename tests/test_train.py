@@ -126,7 +126,7 @@ def test_an_interrupted_dit_run_resumes_bit_identical(vae_run, tmp_path, monkeyp
     keeping = [f"checkpoint.{setting}" for setting in KEEPING]
     config = tiny_config(f"vae.path={vae_run}", f"train.steps={STEPS}", "train.log_every=1", *keeping)
     config.optim.update(optimizer="schedule_free", schedule="constant", clip_sigmas=3.0)
-    config.flow.update(sigma="mode", shift_tokens=8, skip_share=0.5, skip_layers=(0, 1))
+    config.flow.update(sigma="mode", shift_tokens=8, rising=0.5, skip_share=0.5, skip_layers=(0, 1))
     config.model.update(mup_base_width=64)
     straight, workdir = str(tmp_path / "straight"), str(tmp_path / "resumed")
     train(config, straight)
