@@ -1,5 +1,6 @@
 """Prompts to videos: requests of any size packed in rows, denoised together, decoded."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -100,6 +101,32 @@ class _RequestExamples:
         return dict(latents=self.noises[i], text_tokens=np.pad(self.tokens[i], (0, padding), constant_values=PAD_ID))
 
 
+class _StepHook:
+    """What a compiled program calls as a step begins: one object for all calls, so that it is compiled once."""
+
+    def __init__(self):
+        self._function, self._error, self._steps = None, None, 0
+
+    @contextlib.contextmanager
+    def calling(self, function):
+        """Calls a function with the number of each step; raises what it raised, not what the program made of it."""
+        self._function, self._error, self._steps = function, None, 0
+        try:
+            yield
+        except jax.errors.JaxRuntimeError:
+            if self._error is not None:
+                raise self._error from None
+            raise
+
+    def __call__(self):
+        self._steps += 1
+        try:
+            self._function(self._steps)
+        except BaseException as error:
+            self._error = error
+            raise
+
+
 class Generator:
     """Text-to-video sampling with a DiT, its text encoder and tokenizer, and a VAE codec.
 
@@ -119,7 +146,8 @@ class Generator:
             options = dict(constrain=sharding.activation_constraint(mesh), attend=attend, attend_text=attend_text)
             place = sharding.replicated(mesh)
         self._sample = jax.jit(functools.partial(sample_rows, networks, **options), out_shardings=place,
-                               static_argnames="num_samples")  # fmt: skip
+                               static_argnames=("num_samples", "on_step"))  # fmt: skip
+        self._hook = _StepHook()
         self.runs = 0  # of the network, in the last call of `latents`: each is a batch of rows, of all its branches
 
     def placed(self, params: dict) -> dict:
@@ -135,7 +163,7 @@ class Generator:
     def latents(self, requests, *, num_steps: int, guidance_scale: float = 1.0, shift: float = 3.0,
                 solver: str = "euler", guidance_interval: tuple[float, float] | None = None,
                 guidance_rescale: float = 0.0, shift_tokens: int = 0, reuse: float = 0.0,
-                on_batch=lambda done: None) -> list[np.ndarray]:  # fmt: skip
+                on_batch=lambda done: None, on_step=None) -> list[np.ndarray]:  # fmt: skip
         """Final normalised latents `[t, h, w, C]` of requests.
 
         A request's result depends on its own prompt, shape and seed alone, not on what it is packed with; with `reuse`
@@ -150,6 +178,8 @@ class Generator:
                 (`flow.shift_for_length`); 0: all have it.
             reuse: threshold of `reuse_velocity`; 0 is off.
             on_batch: called with the number of finished requests.
+            on_step: called, from another thread, with the number of each step of a batch as it begins, from 1 on. What
+                it raises ends sampling, and is raised here. It costs a call to the host each step, and none if None.
 
         Raises:
             UserError: a prompt that is too long, noise of the wrong shape, or settings out of range.
@@ -198,9 +228,10 @@ class Generator:
             if self.mesh is not None:
                 batch, negative = sharding.put_rows((batch, negative), self.mesh)
             num_samples = max(len(row) for row in (rows.samples(i) for i in range(count)))
-            final, runs = self._sample(self.params, batch, negative, steps, guidance, reuse or None,
-                                       num_samples=num_samples)  # fmt: skip
-            self.runs += int(runs)
+            with self._hook.calling(on_step):
+                final, runs = self._sample(self.params, batch, negative, steps, guidance, reuse or None,
+                                           num_samples=num_samples, on_step=self._hook if on_step else None)
+                self.runs += int(runs)
             for row, i in zip(np.asarray(final), indices):
                 offset = 0
                 for sample in rows.samples(i):
@@ -276,7 +307,7 @@ def _guidance(scale, interval, rescale):
 
 
 def sample_rows(networks, params, rows, negative_tokens, solver, guidance=None, reuse=None, *, num_samples,
-                **run_options):  # fmt: skip
+                on_step=None, **run_options):  # fmt: skip
     """Packed rows `[B, N, P]` denoised over the noise levels of a solver; the networks run in their parameters' dtype.
 
     Args:
@@ -288,7 +319,7 @@ def sample_rows(networks, params, rows, negative_tokens, solver, guidance=None, 
         solver: of one schedule, or several of them stacked.
         guidance: None, or dict of scale and, as they are wanted, interval and rescale (see `Generator.latents`).
         reuse: None, or the threshold of `reuse_velocity`.
-        num_samples: most samples of a row. run_options: of `DiT.__call__`.
+        num_samples: most samples of a row. on_step: see `integrate`. run_options: of `DiT.__call__`.
 
     Returns:
         rows `[B, N, P]`, and how often the network ran.
@@ -347,13 +378,13 @@ def sample_rows(networks, params, rows, negative_tokens, solver, guidance=None, 
 
     steps = solver.levels.shape[0]
     if reuse is None:
-        return put(integrate(velocity, rows["tokens"], solver, spread)), steps
+        return put(integrate(velocity, rows["tokens"], solver, spread, on_step=on_step)), steps
 
     def mean(x):
         return jnp.sum(x * generated[..., None]) / jnp.maximum(jnp.sum(generated) * x.shape[-1], 1)
 
     run, begin = reuse_velocity(velocity, steps, reuse, mean)
-    x, memory = integrate(run, rows["tokens"], solver, spread, begin(rows["tokens"]))
+    x, memory = integrate(run, rows["tokens"], solver, spread, begin(rows["tokens"]), on_step)
     return put(x), memory.runs
 
 
