@@ -13,8 +13,8 @@ def add_verb(verbs):
     verb = verbs.add_parser("app", help=text, description=text)
     verb.set_defaults(run=app_verb, takes_overrides=False)
     verb.add_argument("--run", required=True, dest="workdir", help="run folder")
-    verb.add_argument("--out", default="", metavar="FOLDER", help="folder of what is made, all of it shown to who opens "
-                      "the page (default: RUN/app)")  # fmt: skip
+    verb.add_argument("--out", default="", metavar="FOLDER", help="folder of what is made, shown to who opens the "
+                      "page (default: RUN/app)")  # fmt: skip
     verb.add_argument("--weights", choices=("ema", "raw"), default="ema")
     verb.add_argument("--mesh", default="", metavar="AXIS=N,...", help="devices, as in `sorax sample`")
     verb.add_argument("--expander", default="", help="run of a model that makes prompts detailed (default: "

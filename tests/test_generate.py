@@ -128,3 +128,17 @@ def test_reuse_runs_the_network_less_and_zero_changes_nothing(generator):
         with pytest.raises(UserError, match="sampling: "):
             generator.latents(requests, **settings | wrong)
 
+
+def test_steps_are_told_of_and_change_nothing_and_what_the_listener_raises_ends_it():
+    generator, requests, seen = tiny_generator(), [Request("a red circle", 5, 16, 16, seed=1)], []
+    settings = dict(num_steps=3, guidance_scale=3.0)
+    plain = generator.latents(requests, **settings)[0]
+    assert np.array_equal(plain, generator.latents(requests, on_step=seen.append, **settings)[0]) and seen == [1, 2, 3]
+
+    def stop(step):
+        if step == 2:
+            raise EOFError("enough")
+
+    with pytest.raises(EOFError, match="enough"):
+        generator.latents(requests, on_step=stop, **settings)
+    assert np.array_equal(plain, generator.latents(requests, on_step=seen.append, **settings)[0])
