@@ -1,4 +1,4 @@
-"""The app's form is a command of `sorax sample`: what one makes, the other makes again. It serves its own files alone."""
+"""The form of the app is a command of `sorax sample`, which makes the same file; it serves its own files alone."""
 
 import json
 import pathlib
