@@ -37,7 +37,8 @@ HINTS = dict(
 CSS = """
 .gradio-container { max-width: 1500px !important; }
 #result video, #result img { image-rendering: pixelated; }
-#status progress { width: 100%; height: .8rem; }
+#status .bar { height: .6rem; border-radius: .3rem; background: var(--neutral-200, #ddd); overflow: hidden; }
+#status .bar div { height: 100%; background: var(--color-accent, #f97316); }
 #status p { margin: .2rem 0; overflow-wrap: anywhere; }
 #status .error { color: var(--error-text-color, #b91c1c); font-weight: 600; }
 #status .note { color: var(--body-text-color-subdued); }
@@ -160,18 +161,18 @@ def page(app: App):
                     cancel = gr.Button("Cancel", variant="stop", visible=False, elem_id="cancel")
             with gr.Column(scale=6, min_width=320, elem_id="result"):
                 status = gr.HTML(_status(None), elem_id="status")
-                video = gr.Video(label="Result", interactive=False, autoplay=True, loop=True, height=420)
-                picture = gr.Image(label="Result", interactive=False, visible=False, height=420, buttons=["download"])
-                command = gr.Code(label="The same as a command", language="shell", interactive=False, lines=1,
-                                  wrap_lines=True, show_line_numbers=False, elem_id="command")  # fmt: skip
-                with gr.Row():
-                    reuse = gr.Button("Use this seed", size="sm", interactive=False, elem_id="reuse")
-                with gr.Accordion("Settings, as they are in the file", open=False):
-                    facts = gr.JSON(show_label=False)
+                video = gr.Video(label="Result", interactive=False, autoplay=True, loop=True, height=380)
+                picture = gr.Image(label="Result", interactive=False, visible=False, height=380, buttons=["download"])
+                with gr.Column(visible=False) as about:
+                    command = gr.Code(label="The same as a command", language="shell", interactive=False, lines=1,
+                                      wrap_lines=True, show_line_numbers=False, elem_id="command")  # fmt: skip
+                    reuse = gr.Button("Use this seed", size="sm", elem_id="reuse")
+                    with gr.Accordion("Settings, as they are in the file", open=False):
+                        facts = gr.JSON(show_label=False)
                 gallery = gr.Gallery(label="Made since the start", columns=4, height="auto", interactive=False,
                                      allow_preview=False, object_fit="contain", elem_id="gallery")  # fmt: skip
         names, components = list(fields), list(fields.values())
-        show = [shown, video, picture, command, facts, reuse]
+        show = [shown, video, picture, about, command, facts]
         buttons = [generate, cancel]
 
         def begin():
@@ -257,16 +258,16 @@ def _fields(gr, app, usual):
     some("extend", gr.Radio(["forward", "backward"], value="forward", label="Direction", visible=False))
     some("strength", gr.Slider(0.01, 0.99, value=0.6, step=0.01, label="Strength", visible=False))
     with gr.Row():
-        some("seconds", gr.Number(label="Seconds", minimum=0, placeholder="default", min_width=100))
+        some("seconds", gr.Number(label="Seconds", placeholder="default", min_width=100))
         fields["size"] = gr.Textbox(label="Size", placeholder=f"default, as {usual['size']}", max_length=20,
                                     min_width=100)  # fmt: skip
-        fields["fps"] = gr.Number(label="Frames a second", minimum=0, placeholder=f"{usual['fps']:g}", min_width=100)
+        fields["fps"] = gr.Number(label="Frames a second", placeholder=f"{usual['fps']:g}", min_width=100)
     with gr.Row(equal_height=True):
-        fields["seed"] = gr.Number(label="Seed", value=0, precision=0, minimum=0, min_width=100, elem_id="seed")
+        fields["seed"] = gr.Number(label="Seed", value=0, precision=0, min_width=100, elem_id="seed")
         fields["new_seed"] = gr.Checkbox(label="A new seed each time", value=False, min_width=100)
     with gr.Accordion("Sampling", open=False):
         with gr.Row():
-            fields["steps"] = gr.Number(label="Steps", value=usual["num_steps"], precision=0, minimum=1, min_width=100)
+            fields["steps"] = gr.Number(label="Steps", value=usual["num_steps"], precision=0, min_width=100)
             fields["solver"] = gr.Dropdown(list(SOLVERS), value=usual["solver"], label="Solver", min_width=100)
             fields["guidance"] = gr.Number(label="Guidance", value=usual["guidance_scale"], min_width=100)
             fields["shift"] = gr.Number(label="Shift", value=usual["shift"], min_width=100)
@@ -274,14 +275,11 @@ def _fields(gr, app, usual):
         with gr.Row():
             fields["guidance_interval"] = gr.Textbox(label="Guidance interval", placeholder="LO:HI, as 0.2:0.9",
                                                      max_length=20, min_width=100)  # fmt: skip
-            fields["guidance_rescale"] = gr.Number(label="Guidance rescale", minimum=0, maximum=1, placeholder="0",
-                                                   min_width=100)  # fmt: skip
-            fields["reuse"] = gr.Number(label="Reuse", minimum=0, placeholder="0: every step", min_width=100)
+            fields["guidance_rescale"] = gr.Number(label="Guidance rescale", placeholder="0", min_width=100)
+            fields["reuse"] = gr.Number(label="Reuse", placeholder="0: every step", min_width=100)
         with gr.Row():
-            fields["window"] = gr.Number(label="Window (frames)", precision=0, minimum=0, placeholder="default",
-                                         min_width=100)  # fmt: skip
-            fields["overlap"] = gr.Number(label="Overlap (frames)", precision=0, minimum=0, placeholder="default",
-                                          min_width=100)  # fmt: skip
+            fields["window"] = gr.Number(label="Window (frames)", precision=0, placeholder="default", min_width=100)
+            fields["overlap"] = gr.Number(label="Overlap (frames)", precision=0, placeholder="default", min_width=100)
     return fields, groups
 
 
@@ -318,11 +316,11 @@ def _busy(gr, busy):
 
 
 def _shown(gr, result):
-    """Values of what shows a result: itself, video, picture, command, facts, and the button that takes its seed."""
+    """Values of what shows a result: itself, its video, its picture, the part about it, with command and facts."""
     path, facts = os.path.abspath(result.path), result.facts
     video, picture = (None, path) if result.is_picture else (path, None)
     return (result, gr.update(value=video, visible=bool(video)), gr.update(value=picture, visible=bool(picture)),
-            facts["command"], json.loads(json.dumps(facts)), gr.update(interactive=True))  # fmt: skip
+            gr.update(visible=True), facts["command"], json.loads(json.dumps(facts)))  # fmt: skip
 
 
 def _gallery(app):
@@ -343,7 +341,9 @@ def _status(report: Report | None) -> str:
         lines.append(f"<p>Made {what}{facts['width']}x{facts['height']} in {report.result.seconds:.1f} s, seed "
                      f"{facts['seed']}: {html.escape(report.result.path)}</p>")  # fmt: skip
     else:
-        lines.append(f'<progress value="{report.share:.4f}" max="1">{100 * report.share:.0f} %</progress>')
+        percent = f"{100 * report.share:.0f}"
+        lines.append(f'<div class="bar" role="progressbar" aria-valuemin="0" aria-valuemax="100" '
+                     f'aria-valuenow="{percent}"><div style="width: {percent}%"></div></div>')  # fmt: skip
         lines.append(f"<p>{html.escape(report.text)} ({report.seconds:.0f} s)</p>")
     lines += [f'<p class="note">{html.escape(note)}</p>' for note in report.notes]
     return f'<div role="status">{"".join(lines)}</div>'
