@@ -36,6 +36,7 @@ _OURS = re.compile(r"\d{5}\.(mp4|png)|\.\d{5}\.\d+\.part\.(mp4|png)")  # and wha
 class Form:
     """What the page asks for; the flags of `sorax sample`, of which a mode uses some. "" and None: its default.
 
+    Numbers that may be left out are words as well: what is wrong with one is said where the command is parsed.
     shots: a line a shot, TIME: PROMPT. keyframes: (time, file) each. video, second: clips; files are paths.
     """
 
@@ -50,20 +51,20 @@ class Form:
     keyframes: tuple[tuple[str, str], ...] = ()
     extend: str = "forward"
     strength: float | None = None
-    seconds: float | None = None
+    seconds: float | str | None = None
     size: str = ""
-    fps: float | None = None
+    fps: float | str | None = None
     seed: int = 0
     negative_prompt: str = ""
     steps: int | None = None
     solver: str = ""
     guidance: float | None = None
     guidance_interval: str = ""
-    guidance_rescale: float | None = None
+    guidance_rescale: float | str | None = None
     shift: float | None = None
-    reuse: float | None = None
-    window: int | None = None
-    overlap: int | None = None
+    reuse: float | str | None = None
+    window: int | str | None = None
+    overlap: int | str | None = None
 
 
 def words_of(form: Form, keep: Callable[[str], str] = lambda path: path) -> list[str]:
@@ -311,7 +312,7 @@ class App:
         """Flags of a form; those that say what the run does anyway are left out."""
         usual = self.run.sampling()
         same = dict(steps=usual["num_steps"], solver=usual["solver"], guidance=usual["guidance_scale"],
-                    shift=usual["shift"], guidance_rescale=0, reuse=0, overlap=0)  # fmt: skip
+                    shift=usual["shift"])  # fmt: skip
         left = {name: None if name != "solver" else "" for name, value in same.items() if getattr(form, name) == value}
         return words_of(dataclasses.replace(form, **left), self._keep)
 

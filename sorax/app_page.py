@@ -130,7 +130,7 @@ def closing(app: App, blocks, uploads=None):
         yield
     finally:
         app.close()
-        blocks.close()
+        blocks.close(verbose=False)
         if uploads is not None:
             uploads.cleanup()
 
@@ -257,11 +257,14 @@ def _fields(gr, app, usual):
                 fields[f"time_{k}"] = gr.Textbox(label="at", placeholder="0, 12 or 1.5s", max_length=20)
     some("extend", gr.Radio(["forward", "backward"], value="forward", label="Direction", visible=False))
     some("strength", gr.Slider(0.01, 0.99, value=0.6, step=0.01, label="Strength", visible=False))
+
+    def short(label, placeholder):  # a gr.Number is never empty: it shows 0
+        return gr.Textbox(label=label, placeholder=placeholder, max_length=20, min_width=100)
+
     with gr.Row():
-        some("seconds", gr.Number(label="Seconds", placeholder="default", min_width=100))
-        fields["size"] = gr.Textbox(label="Size", placeholder=f"default, as {usual['size']}", max_length=20,
-                                    min_width=100)  # fmt: skip
-        fields["fps"] = gr.Number(label="Frames a second", placeholder=f"{usual['fps']:g}", min_width=100)
+        some("seconds", short("Seconds", "default"))
+        fields["size"] = short("Size", f"default, as {usual['size']}")
+        fields["fps"] = short("Frames a second", f"{usual['fps']:g}")
     with gr.Row(equal_height=True):
         fields["seed"] = gr.Number(label="Seed", value=0, precision=0, min_width=100, elem_id="seed")
         fields["new_seed"] = gr.Checkbox(label="A new seed each time", value=False, min_width=100)
@@ -273,13 +276,12 @@ def _fields(gr, app, usual):
             fields["shift"] = gr.Number(label="Shift", value=usual["shift"], min_width=100)
         fields["negative_prompt"] = gr.Textbox(label="Negative prompt", max_length=PROMPT_CHARACTERS)
         with gr.Row():
-            fields["guidance_interval"] = gr.Textbox(label="Guidance interval", placeholder="LO:HI, as 0.2:0.9",
-                                                     max_length=20, min_width=100)  # fmt: skip
-            fields["guidance_rescale"] = gr.Number(label="Guidance rescale", placeholder="0", min_width=100)
-            fields["reuse"] = gr.Number(label="Reuse", placeholder="0: every step", min_width=100)
+            fields["guidance_interval"] = short("Guidance interval", "LO:HI, as 0.2:0.9")
+            fields["guidance_rescale"] = short("Guidance rescale", "0 to 1, default 0")
+            fields["reuse"] = short("Reuse", "such as 0.1, default 0")
         with gr.Row():
-            fields["window"] = gr.Number(label="Window (frames)", precision=0, placeholder="default", min_width=100)
-            fields["overlap"] = gr.Number(label="Overlap (frames)", precision=0, placeholder="default", min_width=100)
+            fields["window"] = short("Window, in frames", "default")
+            fields["overlap"] = short("Overlap, in frames", "default")
     return fields, groups
 
 
@@ -305,9 +307,9 @@ def _form(values) -> Form:
     if values["mode"] != "keyframes":
         keys = []
     names = [field.name for field in dataclasses.fields(Form)]
-    texts = {name: values[name] or "" for name in ("prompt", "shots", "size", "negative_prompt", "solver",
-                                                   "guidance_interval")}  # fmt: skip
-    values |= texts | dict(keyframes=tuple(keys), seed=int(values["seed"] or 0))
+    for name in ("seconds", "size", "fps", "guidance_interval", "guidance_rescale", "reuse", "window", "overlap"):
+        values[name] = values[name].strip()
+    values |= dict(keyframes=tuple(keys), seed=int(values["seed"] or 0))
     return Form(**{name: values[name] for name in names})
 
 

@@ -56,8 +56,9 @@ def test_words_that_look_like_flags_are_none():
         (dict(mode="connect", video="v.mp4"), "needs two clips"),
         (dict(mode="keyframes"), "needs an image at least"),
         (dict(mode="morph"), "is not a mode"),
-        (dict(prompt="x", solver="heun"), "invalid choice"),
+        (dict(mode="extend", video="v.mp4", extend="up"), "invalid choice"),
         (dict(prompt="x", steps=1.5), "invalid int"),
+        (dict(prompt="x", seconds="two"), "invalid float"),
     ],
 )
 def test_what_is_missing_or_wrong_is_said(form, message):
