@@ -108,7 +108,7 @@ def serve(app: App, *, host: str, port: int, users=None, max_upload: int = 200, 
     blocks.queue(max_size=max_queue, default_concurrency_limit=1)
     try:
         _, url, _ = blocks.launch(
-            server_name=host, server_port=port or None, auth=users, prevent_thread_lock=True, quiet=True, share=False,
+            server_name=host, server_port=port or None, auth=users, prevent_thread_lock=True, quiet=True, share=False, show_error=True,
             inbrowser=False, allowed_paths=[os.path.abspath(app.out)], max_file_size=max_upload * 10**6,
             footer_links=[], ssr_mode=False, enable_monitoring=False, mcp_server=False, pwa=False,
             app_kwargs=dict(middleware=[guard]), theme=_theme(), css=CSS,
@@ -206,6 +206,7 @@ def page(app: App):
         ready = generate.click(begin, None, [ticket, *buttons, status], **at_once)
         made = ready.then(run, [ticket, *components], [status, gallery, *show], api_name="generate", **in_turn)
         made.then(lambda: _busy(gr, False), None, buttons, **at_once)
+        made.failure(lambda: _status(Report("", error="it could not begin")), None, status, **at_once)
         cancel.click(stop, ticket, status, **at_once)
         gallery.select(select, None, show, **at_once)
         reuse.click(lambda result: (result.facts["seed"], False), shown, [fields["seed"], fields["new_seed"]],
@@ -307,8 +308,9 @@ def _form(values) -> Form:
     if values["mode"] != "keyframes":
         keys = []
     names = [field.name for field in dataclasses.fields(Form)]
-    for name in ("seconds", "size", "fps", "guidance_interval", "guidance_rescale", "reuse", "window", "overlap"):
-        values[name] = values[name].strip()
+    for name in ("prompt", "shots", "seconds", "size", "fps", "negative_prompt", "guidance_interval",
+                 "guidance_rescale", "reuse", "window", "overlap"):  # fmt: skip
+        values[name] = (values[name] or "").strip()  # what nobody has touched is None
     values |= dict(keyframes=tuple(keys), seed=int(values["seed"] or 0))
     return Form(**{name: values[name] for name in names})
 
