@@ -108,8 +108,8 @@ def serve(app: App, *, host: str, port: int, users=None, max_upload: int = 200, 
     blocks.queue(max_size=max_queue, default_concurrency_limit=1)
     try:
         _, url, _ = blocks.launch(
-            server_name=host, server_port=port or None, auth=users, prevent_thread_lock=True, quiet=True, share=False, show_error=True,
-            inbrowser=False, allowed_paths=[os.path.abspath(app.out)], max_file_size=max_upload * 10**6,
+            server_name=host, server_port=port or None, auth=users, prevent_thread_lock=True, quiet=True, share=False,
+            inbrowser=False, show_error=True, allowed_paths=[os.path.abspath(app.out)], max_file_size=max_upload * 10**6,
             footer_links=[], ssr_mode=False, enable_monitoring=False, mcp_server=False, pwa=False,
             app_kwargs=dict(middleware=[guard]), theme=_theme(), css=CSS,
         )  # fmt: skip
