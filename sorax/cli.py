@@ -8,7 +8,7 @@ import sys
 import threading
 import traceback
 
-from sorax import backend, cli_caption, cli_data, cli_evaluate, cli_plan, cli_sample
+from sorax import backend, cli_app, cli_caption, cli_data, cli_evaluate, cli_plan, cli_sample
 from sorax.errors import UserError
 
 
@@ -126,6 +126,7 @@ def _parse(argv):
                           "is in what is sampled and exported, and training goes on with it")  # fmt: skip
 
     cli_sample.add_verb(verbs)
+    cli_app.add_verb(verbs)
     cli_data.add_verbs(verbs)
     cli_evaluate.add_verb(verbs, _several)
     cli_caption.add_verbs(verbs)

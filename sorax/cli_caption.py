@@ -261,18 +261,23 @@ def _read_pinned(path) -> dict[str, str]:
 
 
 def _expander(arguments, workdir):
-    from sorax.expand import EXPANDER, EndpointExpanders, RunExpander, style_of
-
     if arguments.endpoint:
         from sorax.caption_endpoint import EndpointExpander
+        from sorax.expand import EndpointExpanders, style_of
 
         home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
         endpoint = _endpoint(arguments, os.path.join(home, "sorax", "answers"), 0.7)
         return EndpointExpanders(EndpointExpander(endpoint, **(style_of(workdir) if workdir else {})))
+    return open_expander(getattr(arguments, "expander", "") or workdir)
+
+
+def open_expander(workdir: str):
+    """The model that a run is, or that is in its `expander/`: a `RunExpander`. Raises UserError where there is none."""
     from sorax.caption_writer import load_captioner
+    from sorax.expand import EXPANDER, RunExpander
     from sorax.runs import kind_of
 
-    folder = getattr(arguments, "expander", "") or workdir
+    folder = workdir
     if kind_of(folder) != "captioner":
         folder = os.path.join(folder, EXPANDER)
         if not os.path.isdir(folder):

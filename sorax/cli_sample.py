@@ -1,9 +1,5 @@
 """`sorax sample`: videos from prompts, images and clips, in every mode, of any length."""
 
-import contextlib
-import json
-import os
-import shlex
 import sys
 
 from sorax import backend
@@ -15,6 +11,11 @@ def add_verb(verbs):
     text = "make videos from prompts, images and clips with a trained run"
     verb = verbs.add_parser("sample", help=text, description=text)
     verb.set_defaults(run=sample_verb, takes_overrides=False)
+    add_flags(verb)
+
+
+def add_flags(verb):
+    """The flags of the verb, which the app knows too; see `sorax.sample_files`."""
     verb.add_argument("--run", required=True, dest="workdir", help="run folder")
     verb.add_argument("--prompt", action="append", default=[], help="what to show; may be given several times")
     verb.add_argument("--negative-prompt", default="", help="what guidance leads away from")
@@ -70,151 +71,45 @@ def add_verb(verbs):
 
 
 def sample_verb(arguments, _):
-    from sorax import media
-    from sorax.ask import Ask, canvas_for, prompts_at
-    from sorax.modes import untrained_rising
+    from sorax import media, sample_files
+    from sorax.runlog import Progress
     from sorax.runs import load_run
-    from sorax.windows import Job, longest_gap, make
 
-    ask = Ask(**{name: tuple(value) if isinstance(value, list) else value for name, value in vars(arguments).items()
-                 if name in Ask.__dataclass_fields__})  # fmt: skip
-    if bool(arguments.prompt) and bool(arguments.shot):
-        raise UserError("--prompt and --shot: give one of them, each --shot with its time")
-    if not arguments.prompt and not arguments.shot and not ask.files:
-        raise UserError("there is nothing to show: give a --prompt, or an --image, --video or --keyframe")
-    if arguments.cut and (ask.files or ask.loop or not arguments.shot):
-        raise UserError("--cut makes each --shot a scene of its own: give --shot, and no clip, image or loop")
-    if arguments.save_latents and not arguments.save_latents.endswith(".npy"):
-        raise UserError(f"--save-latents {arguments.save_latents!r}: arrays are written as .npy files")
+    ask = sample_files.check(arguments)
     backend.keep_programs()
     if arguments.expand:
-        if not arguments.prompt:
-            raise UserError("--expand makes each --prompt longer: give one")
         arguments.prompt = expand_prompts(arguments, arguments.prompt, arguments.expander or arguments.workdir,
                                           arguments.seed)  # fmt: skip
     run = load_run(arguments.workdir, arguments.weights)
-    stride = run.networks.vae_config.temporal_stride
-    goes_on = any(run.given[4:5])  # trained to go on from several frames
-    window = (run.longest() if goes_on else 0) if arguments.window is None else arguments.window
-    canvas, fps = canvas_for(ask, run, longest_gap(window, arguments.overlap, stride))
-    for note in canvas.notes:
+    order = sample_files.prepare(arguments, ask, run)
+    for note in order.notes:
         print(note)
-    prompts = [prompts_at(arguments.shot, fps)] if arguments.shot else arguments.prompt or [""]
-    noise = _read_noise(arguments.noise, len(prompts))
-    jobs = [Job(canvas, prompt, arguments.seed + k, arguments.negative_prompt, noise[k])
-            for k, prompt in enumerate(prompts)]  # fmt: skip
-    scenes = [jobs] if not arguments.cut else [[job] for job in _scenes(jobs[0], run)]
-    frames = sum(scene[0].canvas.shape[0] for scene in scenes)
-    outs = _names(arguments.out, len(jobs))
-    media.check_suffix(outs[0], frames)
-    sampling = _sampling(arguments, run)
-    generator = run.generator(_mesh(arguments.mesh))
-    height, width = canvas.shape[1:]
+    generator = run.generator(mesh_of(arguments.mesh))
+    frames, height, width = order.shape
     # Imported weights make 81 frames of 832x480 unless told otherwise: hours on a CPU, which should not look like none.
-    print(f"sampling {len(jobs)} x {frames} frames of {width}x{height}, {sampling['num_steps']} steps of "
-          f"{sampling['solver']}", flush=True)  # fmt: skip
-    if text := untrained_rising(arguments.rising, run.rising):
-        print(f"warning: {text}", file=sys.stderr, flush=True)
-    settings = dict(size=window, overlap=arguments.overlap, on_request=_warning(run.given), **sampling)
-    facts = dict(command=shlex.join(["sorax", *arguments.argv]), run=os.path.basename(os.path.abspath(run.workdir)),
-                 step=run.step, checkpoint=run.identity, frames=frames, width=width, height=height, fps=fps,
-                 negative_prompt=arguments.negative_prompt, sampling=sampling)  # fmt: skip
-    latents = _make(make, generator, scenes, outs, fps, facts, settings)
+    print(f"sampling {len(order.outs)} x {frames} frames of {width}x{height}, {order.sampling['num_steps']} steps of "
+          f"{order.sampling['solver']}", flush=True)  # fmt: skip
+    total = len(order.outs) * frames
+    with Progress("sample", total, unit="frames") as progress:
+
+        def advance(count):
+            if progress.done + count < total:  # the last line is that of the file
+                progress.advance(progress.done + count)
+
+        latents = sample_files.make_files(generator, order, warn=_warn, on_frames=advance)
     if arguments.save_latents:
         media.write_array(arguments.save_latents, latents)
         print(f"{arguments.save_latents}: final latents")
-    for out, job in zip(outs, jobs):
-        print(f"{out}: {job.prompt if isinstance(job.prompt, str) else ' | '.join(p for _, p in job.prompt)}")
+    for out, prompt in zip(order.outs, order.prompts):
+        print(f"{out}: {prompt}")
 
 
-def _make(make, generator, scenes, outs, fps, facts, settings):
-    """Writes scenes, lists of jobs, one after the other to the files of the jobs; returns the latents of each."""
-    import numpy as np
-
-    from sorax import media
-    from sorax.runlog import Progress
-
-    latents = [[] for _ in outs]
-    total = len(outs) * facts["frames"]
-    with contextlib.ExitStack() as stack:
-        writers = []
-        for k, out in enumerate(outs):
-            of_file = facts | dict(seed=scenes[0][k].seed, prompt=[scene[k].prompt for scene in scenes])
-            writers.append(stack.enter_context(media.video_writer(out, fps, json.dumps(of_file, ensure_ascii=False))))
-        progress = stack.enter_context(Progress("sample", total, unit="frames"))
-        done = 0
-
-        def write(number, frames):
-            nonlocal done
-            writers[number](frames)
-            done += len(frames)
-            if done < total:  # the last line is that of the file
-                progress.advance(done)
-
-        for scene in scenes:
-            make(generator, scene, on_frames=write, on_latents=lambda k, some: latents[k].append(some), **settings)
-    return [np.concatenate(parts) for parts in latents]
+def _warn(text):
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
-def _scenes(job, run):
-    """A job for each of the prompts of one, of as many frames as it is shown for."""
-    import dataclasses
-
-    from sorax.generate import legal_shape
-
-    vae, patch_size = run.networks.vae_config, run.networks.dit_config.patch_size
-    ends = [frame for frame, _ in job.prompt[1:]] + [job.canvas.num_frames]
-    jobs, made = [], 0
-    for k, ((begin, prompt), end) in enumerate(zip(job.prompt, ends)):
-        if end <= begin:
-            raise UserError(f"--shot {begin}:{prompt} begins where the video ends, at frame {end}: make that longer")
-        frames = legal_shape(vae, patch_size, end - made, *job.canvas.shape[1:])[0]
-        made += frames
-        canvas = dataclasses.replace(job.canvas, num_frames=frames)
-        jobs.append(dataclasses.replace(job, canvas=canvas, prompt=prompt, seed=job.seed + k, noise=None))
-    return jobs
-
-
-def _names(out, count):
-    if count == 1:
-        return [out]
-    if out.endswith(("/", os.sep)):
-        return [os.path.join(out, str(k), "") for k in range(count)]
-    stem, suffix = os.path.splitext(out)
-    return [f"{stem}_{k}{suffix}" for k in range(count)]
-
-
-def _sampling(arguments, run):
-    given = dict(num_steps=arguments.steps or None, solver=arguments.solver or None, guidance_scale=arguments.guidance,
-                 shift=arguments.shift, guidance_rescale=arguments.guidance_rescale or None,
-                 shift_tokens=arguments.shift_tokens or None, reuse=arguments.reuse or None,
-                 rising=arguments.rising or None)  # fmt: skip
-    if arguments.guidance_interval:
-        low, _, high = arguments.guidance_interval.partition(":")
-        try:
-            given["guidance_interval"] = float(low), float(high)
-        except ValueError:
-            raise UserError(f"--guidance-interval {arguments.guidance_interval!r} is not LO:HI: write for example "
-                            "0.2:0.9") from None  # fmt: skip
-    return run.sampling() | {name: value for name, value in given.items() if value is not None}
-
-
-def _warning(weights):
-    """Warns once of each thing that the checkpoint was not trained for."""
-    from sorax.modes import untrained
-
-    said = set()
-
-    def look(number, request):
-        text = untrained(request.given[0], weights) if request.given else None
-        if text and text not in said:
-            said.add(text)
-            print(f"warning: {text}", file=sys.stderr, flush=True)
-
-    return look
-
-
-def _mesh(text):
+def mesh_of(text):
+    """Mesh of the devices that --mesh names; None without."""
     if not text:
         return None
     from sorax.sharding import AXES, make_mesh
@@ -226,19 +121,3 @@ def _mesh(text):
             raise UserError(f"--mesh {text!r}: write for example data=2,context=4, of {', '.join(AXES)}")
         axes[name.strip()] = int(number)
     return make_mesh(**axes)
-
-
-def _read_noise(path, count):
-    """The noise of each prompt from a .npy file; None each if there is none."""
-    import numpy as np
-
-    if not path:
-        return [None] * count
-    try:
-        noise = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--noise {path!r} cannot be read ({error}): write it with numpy.save") from error
-    if noise.ndim != 5 or len(noise) != count or not np.issubdtype(noise.dtype, np.floating):
-        raise UserError(f"--noise {path!r} holds {noise.dtype} {list(noise.shape)}: it must be floats "
-                        f"[{count}, t, h, w, C], one noise a prompt")  # fmt: skip
-    return list(noise)

@@ -1,5 +1,6 @@
 """Prompts to videos: requests of any size packed in rows, denoised together, decoded."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -79,6 +80,32 @@ def legal_shape(vae, patch_size, num_frames: int, height: int, width: int) -> tu
     return frames, *(g * max(1, int(x / g + 0.5)) for x, g in zip((height, width), grid))
 
 
+class _StepHook:
+    """What a compiled program calls as a step begins: one object for all calls, so that it is compiled once."""
+
+    def __init__(self):
+        self._function, self._error, self._steps = None, None, 0
+
+    @contextlib.contextmanager
+    def calling(self, function):
+        """Calls a function with the number of each step; raises what it raised, not what the program made of it."""
+        self._function, self._error, self._steps = function, None, 0
+        try:
+            yield
+        except jax.errors.JaxRuntimeError:
+            if self._error is not None:
+                raise self._error from None
+            raise
+
+    def __call__(self):
+        self._steps += 1
+        try:
+            self._function(self._steps)
+        except BaseException as error:
+            self._error = error
+            raise
+
+
 class Generator:
     """Text-to-video sampling with a DiT, its text encoder and tokenizer, and a VAE codec.
 
@@ -98,7 +125,8 @@ class Generator:
             options = dict(constrain=sharding.activation_constraint(mesh), attend=attend, attend_text=attend_text)
             place = sharding.replicated(mesh)
         self._sample = jax.jit(functools.partial(sample_groups, networks, **options), out_shardings=place,
-                               static_argnames="segments")  # fmt: skip
+                               static_argnames=("segments", "on_step"))  # fmt: skip
+        self._hook = _StepHook()
         self.runs = 0  # of the network, in the last call of `latents`: each is a batch of rows, of all its branches
 
     def placed(self, params: dict) -> dict:
@@ -114,7 +142,7 @@ class Generator:
     def latents(self, requests, *, num_steps: int, guidance_scale: float = 1.0, shift: float = 3.0,
                 solver: str = "euler", guidance_interval: tuple[float, float] | None = None,
                 guidance_rescale: float = 0.0, shift_tokens: int = 0, reuse: float = 0.0,
-                rising: float = 0.0, on_batch=lambda done: None) -> list[np.ndarray]:  # fmt: skip
+                rising: float = 0.0, on_batch=lambda done: None, on_step=None) -> list[np.ndarray]:  # fmt: skip
         """Final normalised latents `[t, h, w, C]` of requests.
 
         A request's result depends on its own prompt, shape and seed alone, not on what it is packed with; with `reuse`
@@ -132,6 +160,8 @@ class Generator:
                 noise rises along time, and there are so many steps more. For networks that were trained with that
                 (`flow.draw_rising`).
             on_batch: called with the number of finished requests.
+            on_step: called, from another thread, with the number of each step of a batch as it begins, from 1 on. What
+                it raises ends sampling, and is raised here. It costs a call to the host each step, and none if None.
 
         Raises:
             UserError: a prompt that is too long, noise of the wrong shape, or settings out of range.
@@ -185,8 +215,10 @@ class Generator:
             if self.mesh is not None:
                 batch = sharding.put_rows(batch, self.mesh)
             segments = max(x.segments for x in rows.values())
-            final, runs = self._sample(self.params, batch, steps, guidance, reuse or None, segments=segments)
-            self.runs += int(runs)
+            with self._hook.calling(on_step):
+                final, runs = self._sample(self.params, batch, steps, guidance, reuse or None, segments=segments,
+                                           on_step=self._hook if on_step else None)  # fmt: skip
+                self.runs += int(runs)
             for tokens, index in zip(np.asarray(final), indices):
                 for i, at in some.starts(index).items():
                     shape = noises[i].shape[:3]
@@ -291,7 +323,8 @@ def _guidance(scale, interval, rescale):
     return guidance | (dict(rescale=rescale) if rescale else {})
 
 
-def sample_groups(networks, params, batch, solver, guidance=None, reuse=None, *, segments, **run_options):
+def sample_groups(networks, params, batch, solver, guidance=None, reuse=None, *, segments, on_step=None,
+                  **run_options):
     """Tokens `[G, T, P]` of groups of requests, denoised over the noise levels of a solver.
 
     A request's tokens are kept once; the network sees them in packed rows (`sorax.request_rows`), twice where there is
@@ -306,7 +339,7 @@ def sample_groups(networks, params, batch, solver, guidance=None, reuse=None, *,
         solver: of one schedule, or several of them stacked.
         guidance: None, or dict of scale and, as they are wanted, interval and rescale (see `Generator.latents`).
         reuse: None, or the threshold of `reuse_layers`.
-        segments: most segments of a row. run_options: of `DiT.__call__`.
+        segments: most segments of a row. on_step: see `integrate`. run_options: of `DiT.__call__`.
 
     Returns:
         `[G, T, P]`, and how often the network ran (with `reuse`, all of it).
@@ -377,7 +410,7 @@ def sample_groups(networks, params, batch, solver, guidance=None, reuse=None, *,
     memory, width = {}, params["dit"]["patch_embed"]["kernel"].shape[1]
     if reuse is not None:
         memory = {name: Kept.nothing((*batch[name]["segment_ids"].shape, width), dtype) for name in texts}
-    x, memory = integrate(velocity, batch["tokens"], solver, spread, memory)
+    x, memory = integrate(velocity, batch["tokens"], solver, spread, memory, on_step)
     return put(x), sum(kept.runs for kept in memory.values()) if memory else solver.levels.shape[0]
 
 

@@ -237,7 +237,7 @@ def reuse_layers(x, after_first, others, *, kept: Kept, threshold, change):
     return jax.lax.cond(again, lambda: (after_first + kept.others, kept), fresh)
 
 
-def integrate(velocity_fn, x, solver: Solver, spread=lambda weight: weight, memory=None):
+def integrate(velocity_fn, x, solver: Solver, spread=lambda weight: weight, memory=None, on_step=None):
     """Integrates dx / dsigma = velocity over the noise levels of a solver.
 
     Args:
@@ -245,6 +245,7 @@ def integrate(velocity_fn, x, solver: Solver, spread=lambda weight: weight, memo
         x: start, any shape; noise where the first sigma is 1.
         spread: of stacked solvers: a number for each, `[K]` -> what broadcasts with x.
         memory: of a velocity function that has one: `(x, sigma, memory) -> (velocity, memory)`; a pytree.
+        on_step: called on the host as each step begins; None: the program has no such call.
 
     Returns:
         x at the last sigma; with a memory (x, memory).
@@ -254,6 +255,8 @@ def integrate(velocity_fn, x, solver: Solver, spread=lambda weight: weight, memo
     def step(carry, row):
         x, before, seen, memory = carry
         level, sigma, predict, correct = row
+        if on_step is not None:
+            jax.debug.callback(on_step)
         if memory is None:
             velocity = velocity_fn(x, level)
         else:

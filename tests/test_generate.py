@@ -129,7 +129,6 @@ def test_reuse_runs_the_network_less_and_zero_changes_nothing(generator):
             generator.latents(requests, **settings | wrong)
 
 
-
 def test_noise_that_rises_along_time_makes_first_frames_first_and_what_fits_is_unchanged(generator):
     """Images have one frame, which does not wait; of clips the frames lag behind, those that are given do not count."""
     image, video = Request("a", 1, 16, 16, seed=1), Request("b", *SHAPE, seed=2)
@@ -142,3 +141,18 @@ def test_noise_that_rises_along_time_makes_first_frames_first_and_what_fits_is_u
     assert np.abs(late[1] - plain[1]).max() > 1e-3
     alone = generator.latents([video], **settings, rising=0.5)[0]
     np.testing.assert_allclose(late[1], alone, rtol=0, atol=1e-5 * np.abs(alone).max())
+
+
+def test_steps_are_told_of_and_change_nothing_and_what_the_listener_raises_ends_it():
+    generator, requests, seen = tiny_generator(), [Request("a red circle", 5, 16, 16, seed=1)], []
+    settings = dict(num_steps=3, guidance_scale=3.0)
+    plain = generator.latents(requests, **settings)[0]
+    assert np.array_equal(plain, generator.latents(requests, on_step=seen.append, **settings)[0]) and seen == [1, 2, 3]
+
+    def stop(step):
+        if step == 2:
+            raise EOFError("enough")
+
+    with pytest.raises(EOFError, match="enough"):
+        generator.latents(requests, on_step=stop, **settings)
+    assert np.array_equal(plain, generator.latents(requests, on_step=seen.append, **settings)[0])
