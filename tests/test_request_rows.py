@@ -58,7 +58,7 @@ def test_best_fit_keeps_within_the_room_for_tokens_and_text():
 
 
 @pytest.mark.parametrize("scale", [0.0, 3.0])
-def test_guidance_is_that_of_both_branches_run_by_themselves(quick_compiler, scale):
+def test_guidance_is_that_of_both_branches_run_by_themselves(scale):
     """One Euler step from the same noise is linear in the velocity: the guided sample is that mix of the two."""
     generator, how = tiny_generator(), dict(num_steps=1)
     asked = [("a red circle", "blue", (5, 16, 24)), ("b", "a long negative prompt", (1, 16, 16)), ("", "c", (3, 8, 40))]
