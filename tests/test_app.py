@@ -19,7 +19,6 @@ from sorax.app import MODES, App, Form, parse, words_of
 from sorax.errors import UserError
 from sorax.runs import load_run
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 FULL = dict(prompt="a red circle", shots="0: a\n2s:  b: c\n", image="a.png", video="v.mp4", second="w.mp4",
             mask="m.png", keyframes=(("0", "a.png"), (" 2s", "b.png")), strength=0.5, seconds=2.0, seed=7)  # fmt: skip
 

@@ -57,7 +57,7 @@ def test_mean_velocities_along_the_teachers_flow_are_what_the_student_is_taught(
     assert np.abs(other - noise)[:, 1:].max() > 0.1 and np.all(target[:, 0] == 0)
 
 
-def test_a_student_is_a_run_of_few_steps_like_any_other(tiny_run, tmp_path, quick_compiler):
+def test_a_student_is_a_run_of_few_steps_like_any_other(tiny_run, tmp_path):
     workdir = str(tmp_path / "student")
     settings = (f"init={tiny_run}", f"vae.path={tiny_run}", "train.freeze=text,", "eval.num_steps=2",
                 "eval.solver=ddim", "eval.guidance_scale=1.0")  # fmt: skip
