@@ -109,8 +109,8 @@ def serve(app: App, *, host: str, port: int, users=None, max_upload: int = 200, 
     try:
         _, url, _ = blocks.launch(
             server_name=host, server_port=port or None, auth=users, prevent_thread_lock=True, quiet=True, share=False,
-            inbrowser=False, allowed_paths=[os.path.abspath(app.out)], max_file_size=max_upload * 10**6, footer_links=[],
-            show_error=True, ssr_mode=False, enable_monitoring=False, mcp_server=False, pwa=False,
+            inbrowser=False, allowed_paths=[os.path.abspath(app.out)], max_file_size=max_upload * 10**6,
+            footer_links=[], show_error=True, ssr_mode=False, enable_monitoring=False, mcp_server=False, pwa=False,
             app_kwargs=dict(middleware=[guard]), theme=_theme(), css=CSS,
         )  # fmt: skip
     except (OSError, ValueError) as error:
