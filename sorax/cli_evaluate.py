@@ -25,7 +25,7 @@ def add_verb(verbs, several):
     verb.add_argument("--weights", choices=("ema", "raw"), default="ema")
     verb.add_argument("--steps", type=int, default=None, help="sampling steps (default: the config's)")
     verb.add_argument("--guidance", type=float, default=None, help="guidance scale (default: the config's)")
-    verb.add_argument("--solver", default=None, help="euler, unipc or dpm++ (default: the config's)")
+    verb.add_argument("--solver", default=None, help="euler, ddim, unipc or dpm++ (default: the config's)")
     verb.add_argument("--data", default="", help="of a VAE or imported weights: folder of videos, or world (default: "
                       "the run's data)")  # fmt: skip
     verb.add_argument("--data.KEY=VALUE", dest="_", help="override a key of it, such as --data.max_tokens=4096 or "

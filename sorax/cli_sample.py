@@ -49,7 +49,7 @@ def add_flags(verb):
     long.add_argument("--rising", type=float, default=0.0, metavar="SHARE", help="0 to 1: noise rises along time, the "
                       "last frame of a window lags behind by this share of the steps (default: 0)")  # fmt: skip
     how = verb.add_argument_group("how")
-    how.add_argument("--solver", default="", help="euler, unipc or dpm++ (default: the config's)")
+    how.add_argument("--solver", default="", help="euler, ddim, unipc or dpm++ (default: the config's)")
     how.add_argument("--steps", type=int, default=0, help="sampling steps (default: the config's)")
     how.add_argument("--guidance", type=float, default=None, help="guidance scale, 1 = off (default: the config's)")
     how.add_argument("--guidance-interval", default="", metavar="LO:HI", help="noise levels, from 0 to 1, between "

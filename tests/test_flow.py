@@ -355,7 +355,7 @@ def test_solvers_are_of_their_order_on_a_curved_flow(name, order):
 
 @pytest.mark.parametrize(
     "settings, message",
-    [(("heun", 4, 3.0), "not one of euler, unipc, dpm"), (("unipc", 0, 3.0), "at least 1 step"),
+    [(("heun", 4, 3.0), "not one of euler, ddim, unipc, dpm"), (("unipc", 0, 3.0), "at least 1 step"),
      (("unipc", 4, 0.0), "positive shift"), (("dpm++", 4, 3.0, 4), "order of 1 to 3")],
 )  # fmt: skip
 def test_a_solver_that_there_is_not_is_refused(settings, message):
