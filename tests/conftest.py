@@ -28,6 +28,12 @@ def xla_flags(devices):
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}".strip()
 
+def tpu_environment():
+    """Environment of a process that compiles for TPUs: libtpu reads XLA_FLAGS too, and stops at what it knows not."""
+    ours = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")
+    return {name: value for name, value in os.environ.items() if name not in ours}
+
+
 QUICKSTART = pathlib.Path(__file__).parents[1] / "experiments" / "quickstart.py"
 TINY = (  # batches of 8, one for each device; one shape, for every shape is compiled
     "vae.model.base_width=8", "vae.optim.optimizer=adamw", "vae.data.stages=()", "vae.data.batch=8",

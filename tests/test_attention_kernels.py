@@ -4,7 +4,6 @@
 """
 
 import functools
-import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import tpu_environment
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -277,7 +277,8 @@ for name in ("v5e:2x2", "v5p:2x2x1", "v6e:2x2"):
 
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="the TPU compiler is not installed: pip install 'sorax[tpu]'")
 def test_rows_of_65536_tokens_compile_for_tpus():
-    environment = dict(os.environ, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="true")
+    environment = tpu_environment() | dict(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1",
+                                           ALLOW_MULTIPLE_LIBTPU_LOAD="true")  # fmt: skip
     command = [sys.executable, "-c", TPU_PROGRAM]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)  # its own process: libtpu stays
     assert done.stdout.splitlines() == ["v5e:2x2 3", "v5p:2x2x1 3", "v6e:2x2 3"], done.stderr

@@ -115,7 +115,7 @@ def test_noise_may_be_given_and_latents_kept(capsys, tiny_run, tmp_path):
     capsys.readouterr()
     assert "[2, t, h, w, C], one noise a prompt" in fails(capsys, *argv, "--prompt", "x", "--noise", tmp_path / "a.npy")
     assert "written as .npy" in fails(capsys, *argv, "--save-latents", "x.bin")
-    assert "not one of euler, unipc, dpm++" in fails(capsys, *argv, "--solver", "heun")
+    assert "not one of euler, ddim, unipc, dpm++" in fails(capsys, *argv, "--solver", "heun")
 
 
 def test_a_run_that_made_nothing_may_start_again_with_another_config(capsys, tmp_path):

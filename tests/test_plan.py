@@ -273,7 +273,10 @@ check_plan(small("mesh.data=1", "mesh.fsdp=2", "mesh.context=2"), topology.open_
 @needs_libtpu
 def test_a_training_step_is_compiled_for_a_topology():
     """In a process of its own: libtpu reads its environment when it is loaded."""
-    done = subprocess.run([sys.executable, "-c", COMPILED], cwd=ROOT, capture_output=True, text=True, timeout=280)
+    from conftest import tpu_environment  # here: that process imports this file, and is to keep its environment
+
+    done = subprocess.run([sys.executable, "-c", COMPILED], cwd=ROOT, capture_output=True, text=True, timeout=280,
+                          env=tpu_environment())  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
 
 
