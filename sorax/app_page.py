@@ -169,8 +169,9 @@ def page(app: App):
                     reuse = gr.Button("Use this seed", size="sm", elem_id="reuse")
                     with gr.Accordion("Settings, as they are in the file", open=False):
                         facts = gr.JSON(show_label=False)
-                gallery = gr.Gallery(label="Made since the start", columns=4, height=240, interactive=False,
-                                     fit_columns=False, allow_preview=False, object_fit="contain", elem_id="gallery")  # fmt: skip
+                gallery = gr.Gallery(label="Made since the start", columns=4, height=240, fit_columns=False,
+                                     interactive=False, allow_preview=False, object_fit="contain",
+                                     elem_id="gallery")  # fmt: skip
         names, components = list(fields), list(fields.values())
         show = [shown, video, picture, about, command, facts]
         buttons = [generate, cancel]
@@ -266,7 +267,7 @@ def _fields(gr, app, usual):
     with gr.Row():
         some("seconds", short("Seconds", "default"))
         fields["size"] = short("Size", "default")
-        fields["fps"] = short("Frames a second", f"{usual['fps']:g}")
+        fields["fps"] = short("FPS", f"{usual['fps']:g}")
     with gr.Row(equal_height=True):
         fields["seed"] = gr.Number(label="Seed", value=0, precision=0, min_width=100, elem_id="seed")
         fields["new_seed"] = gr.Checkbox(label="A new seed each time", value=False, min_width=100)
@@ -278,9 +279,9 @@ def _fields(gr, app, usual):
             fields["shift"] = gr.Number(label="Shift", value=usual["shift"], min_width=100)
         fields["negative_prompt"] = gr.Textbox(label="Negative prompt", max_length=PROMPT_CHARACTERS)
         with gr.Row():
-            fields["guidance_interval"] = short("Guidance interval", "LO:HI, as 0.2:0.9")
-            fields["guidance_rescale"] = short("Guidance rescale", "0 to 1, default 0")
-            fields["reuse"] = short("Reuse", "such as 0.1, default 0")
+            fields["guidance_interval"] = short("Guidance interval", "LO:HI")
+            fields["guidance_rescale"] = short("Guidance rescale", "default 0")
+            fields["reuse"] = short("Reuse", "default 0")
         with gr.Row():
             fields["window"] = short("Window, in frames", "default")
             fields["overlap"] = short("Overlap, in frames", "default")
