@@ -27,6 +27,7 @@ MODES = dict(
     extend="Extend a clip", loop="Loop from text", loop_clip="Loop a clip", connect="Connect two clips",
     edit="Edit a clip", inpaint="Inpaint a clip", shots="Shots",
 )  # fmt: skip
+CANCELLING = "cancelling: it ends with the step that is being made, or when its programs are compiled"
 INPUTS = "inputs"  # folder of the files that were given, in that of the results
 _MADE = re.compile(r"(\d{5})\.(?:mp4|png)")
 _OURS = re.compile(r"\d{5}\.(mp4|png)|\.\d{5}\.\d+\.part\.(mp4|png)")  # and what a killed process has left
@@ -228,6 +229,8 @@ class App:
         thread.start()
         try:
             while True:
+                if stop.is_set() and not report.is_last:
+                    report = dataclasses.replace(report, text=CANCELLING)
                 yield dataclasses.replace(report, seconds=time.monotonic() - began)
                 if report.is_last:
                     return
@@ -341,6 +344,7 @@ class _Progress:
         self.order, self.stride = order, stride
         self.frames = self.step = self.windows = self.now = self.done = 0
         canvases = [scene[0].canvas for scene in order.scenes]
+        self.reads = any(canvas.pieces for canvas in canvases)
         self.total = sum((~c.known_groups(stride)).sum() + c.back // stride for c in canvases)
 
     def begin(self, request):
@@ -359,7 +363,7 @@ class _Progress:
     def text(self) -> str:
         frames, steps = self.order.shape[0], self.order.sampling["num_steps"]
         if not self.windows:
-            return "reading what is given"
+            return "reading what is given" if self.reads else "getting ready"
         if not self.step:
             return "getting ready: the first video of a size takes longer, for its programs are compiled"
         window = f"window {self.windows}, " if self.windows > 1 or self.now < self.total else ""

@@ -12,7 +12,7 @@ import secrets
 import tempfile
 import threading
 
-from sorax.app import MODES, App, Form, Report
+from sorax.app import CANCELLING, MODES, App, Form, Report
 from sorax.errors import UserError
 from sorax.sampler import SOLVERS
 
@@ -143,7 +143,7 @@ def _theme():
 
 
 def page(app: App):
-    """The page as `gradio.Blocks`. Of its functions one is for programs too: `/generate`."""
+    """The page as `gradio.Blocks`."""
     import gradio as gr
 
     frames, height, width, fps = app.run.usual_shape()
@@ -155,7 +155,7 @@ def page(app: App):
         ticket, shown = gr.State(None), gr.State(None)
         with gr.Row():
             with gr.Column(scale=5, min_width=320):
-                fields, groups = _fields(gr, app, dict(frames=frames, size=f"{width}x{height}", fps=fps, **how))
+                fields, groups = _fields(gr, app, dict(fps=fps, **how))
                 with gr.Row():
                     generate = gr.Button("Generate", variant="primary", elem_id="generate")
                     cancel = gr.Button("Cancel", variant="stop", visible=False, elem_id="cancel")
@@ -169,8 +169,9 @@ def page(app: App):
                     reuse = gr.Button("Use this seed", size="sm", elem_id="reuse")
                     with gr.Accordion("Settings, as they are in the file", open=False):
                         facts = gr.JSON(show_label=False)
-                gallery = gr.Gallery(label="Made since the start", columns=4, height="auto", interactive=False,
-                                     allow_preview=False, object_fit="contain", elem_id="gallery")  # fmt: skip
+                gallery = gr.Gallery(label="Made since the start", columns=4, height=240, fit_columns=False,
+                                     interactive=False, allow_preview=False, object_fit="contain",
+                                     elem_id="gallery")  # fmt: skip
         names, components = list(fields), list(fields.values())
         show = [shown, video, picture, about, command, facts]
         buttons = [generate, cancel]
@@ -196,7 +197,7 @@ def page(app: App):
         def stop(event):
             if event is not None:
                 event.set()
-            return _status(Report("cancelling: it ends with the step that is being made"))
+            return _status(Report(CANCELLING))
 
         def select(event: gr.SelectData):
             return _shown(gr, app.results[::-1][event.index])
@@ -204,7 +205,8 @@ def page(app: App):
         at_once = dict(queue=False, api_visibility="private", show_progress="hidden")
         in_turn = dict(concurrency_limit=1, concurrency_id="run", show_progress="hidden")
         ready = generate.click(begin, None, [ticket, *buttons, status], **at_once)
-        made = ready.then(run, [ticket, *components], [status, gallery, *show], api_name="generate", **in_turn)
+        made = ready.then(run, [ticket, *components], [status, gallery, *show], api_name="generate",
+                          api_visibility="undocumented", **in_turn)  # fmt: skip
         made.then(lambda: _busy(gr, False), None, buttons, **at_once)
         made.failure(lambda: _status(Report("", error="it could not begin")), None, status, **at_once)
         cancel.click(stop, ticket, status, **at_once)
@@ -230,7 +232,7 @@ def page(app: App):
 
 
 def _fields(gr, app, usual):
-    """(name -> component, in the order of `/generate`; name -> what is shown in some modes alone)."""
+    """(name -> component; name -> what is shown in some modes alone)."""
     groups = {}
     fields = dict(mode=gr.Dropdown([(label, mode) for mode, label in MODES.items()], value="text", label="Mode",
                                    elem_id="mode"))  # fmt: skip
@@ -264,8 +266,8 @@ def _fields(gr, app, usual):
 
     with gr.Row():
         some("seconds", short("Seconds", "default"))
-        fields["size"] = short("Size", f"default, as {usual['size']}")
-        fields["fps"] = short("Frames a second", f"{usual['fps']:g}")
+        fields["size"] = short("Size", "default")
+        fields["fps"] = short("FPS", f"{usual['fps']:g}")
     with gr.Row(equal_height=True):
         fields["seed"] = gr.Number(label="Seed", value=0, precision=0, min_width=100, elem_id="seed")
         fields["new_seed"] = gr.Checkbox(label="A new seed each time", value=False, min_width=100)
@@ -277,9 +279,9 @@ def _fields(gr, app, usual):
             fields["shift"] = gr.Number(label="Shift", value=usual["shift"], min_width=100)
         fields["negative_prompt"] = gr.Textbox(label="Negative prompt", max_length=PROMPT_CHARACTERS)
         with gr.Row():
-            fields["guidance_interval"] = short("Guidance interval", "LO:HI, as 0.2:0.9")
-            fields["guidance_rescale"] = short("Guidance rescale", "0 to 1, default 0")
-            fields["reuse"] = short("Reuse", "such as 0.1, default 0")
+            fields["guidance_interval"] = short("Guidance interval", "LO:HI")
+            fields["guidance_rescale"] = short("Guidance rescale", "default 0")
+            fields["reuse"] = short("Reuse", "default 0")
         with gr.Row():
             fields["window"] = short("Window, in frames", "default")
             fields["overlap"] = short("Overlap, in frames", "default")

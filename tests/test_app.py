@@ -172,8 +172,10 @@ def test_the_page_serves_its_own_alone(app, tmp_path):
         with pytest.raises(urllib.error.HTTPError, match="413"):
             urllib.request.urlopen(big, timeout=30)
         client = Client(url, verbose=False)
-        values = client.predict("text", "a red circle", api_name="/generate")
-        assert "Made 5 frames of 32x32" in values[0] and app.results[-1].path in values[0]
+        rest = ["", False, *[None] * 4, *[None, ""] * 4, "forward", 0.6, "", "", "", 8, False, 2, "euler", 1.0, 3.0,
+                *[""] * 6]  # fmt: skip
+        values = client.predict("text", "a red circle", *rest, api_name="/generate")
+        assert "Made 5 frames of 32x32" in values[0] and "seed 8" in values[0] and app.results[-1].path in values[0]
         name = pathlib.Path(app.results[-1].path).resolve()
         assert answer(url, f"/gradio_api/file={name}")[2] == name.read_bytes()
-        assert "Image to video needs an image" in client.predict("image", "x", api_name="/generate")[0]
+        assert "Image to video needs an image" in client.predict("image", "x", *rest, api_name="/generate")[0]
