@@ -168,7 +168,7 @@ def test_the_discriminator_scores_images_and_clips_and_learns_to_tell():
     assert nnx.merge(graph, params)(videos(shape=(2, 1, 16, 24, 3))).shape[:2] == (2, 1)
     real, fake = jnp.tanh(3 * videos(1)), 0.2 * videos(2)
 
-    @jit
+    @jax.jit
     def step(params):
         def loss(p):
             critic = nnx.merge(graph, p)
@@ -195,7 +195,7 @@ def test_an_inflated_image_vae_sees_each_frame_of_a_clip_as_the_image_vae_did():
     still = jnp.repeat(videos(shape=(1, 1, 16, 16, 3)), 5, axis=1)
     small, large = functional.abstract(VAE, image)[0], functional.abstract(VAE, clip)[0]
 
-    @jit
+    @jax.jit
     def both(start, params):
         images, clips = nnx.merge(small, start), nnx.merge(large, params)
         alone = images.encode(still[:, :1])[0]
