@@ -221,7 +221,7 @@ class RowSource:
         text_segment_ids = np.zeros((count, self.row_text), np.int32)
         text_embeds = np.zeros((count, self.row_text, self.text_width), np.uint16)
         text_kinds = np.zeros((count, self.row_text), np.int32)
-        ends = np.zeros(count, int)
+        ends, end, text_end = np.zeros(count, int), 0, 0
         for row, place, latents, kind, text, embeds in samples:
             at, text_at = (0, 0) if place == 0 else (end, text_end)
             patches = patch_view(latents, self.patch_size, self.order)  # [t, h, w, C, pt, ph, pw]
