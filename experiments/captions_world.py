@@ -1,7 +1,7 @@
 """The quickstart's model, trained on captions that were written anew: is recaptioning worth it on the embedded world?
 
     sorax caption --data world --run runs/captioner --out captioned --data.world.num_samples=5000
-        --data.world.num_objects=1,1 --data.world.motions=straight, --data.world.backgrounds=plain,
+        --data.world.num_objects=1,1 --data.world.motions=straight --data.world.backgrounds=plain
     sorax train --config experiments/captions_world.py --config.data.path=captions:captioned --workdir runs/captions
 
 Without --config.data.path the detailed captions are the world's own. `experiments/bench/captions.py` makes DALL-E 3's
