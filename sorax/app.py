@@ -368,7 +368,8 @@ class _Progress:
             return "getting ready: the first video of a size takes longer, for its programs are compiled"
         window = f"window {self.windows}, " if self.windows > 1 or self.now < self.total else ""
         done = f"; {self.frames} of {frames} frames are done" if self.frames else ""
-        return f"{window}step {self.step} of {steps}{done}"
+        then = ", then its frames are decoded" if self.step == steps and not done else ""
+        return f"{window}step {self.step} of {steps}{then}{done}"
 
 
 def _is_no_stop(record):
