@@ -129,7 +129,8 @@ def test_a_stage_that_cannot_be_meant_is_refused(stages, words):
     data = dataclasses.replace(DataConfig(caption_mix="short:1"), stages=stages)
     with pytest.raises(UserError, match=words):
         _stages(data, ("short", "detailed"), 10)
-    assert _stages(DataConfig(), (CAPTION,), 7) == [(7, {CAPTION: 1.0})]
+    data = DataConfig(row_text=64, stages=({"steps": 3, "caption_mix": "caption:1", "row_text": 32},))
+    assert _stages(data, (CAPTION,), 7) == [(3, {CAPTION: 1.0}, 32), (7, {CAPTION: 1.0}, 64)]
 
 
 # --- Scores
