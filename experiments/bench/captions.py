@@ -25,6 +25,7 @@ from sorax.backend import configure
 
 configure()
 
+from data_pipelines.sources import open_source  # noqa: E402
 from data_pipelines.world import World  # noqa: E402
 from experiments.bench.variants import Results  # noqa: E402
 from sorax.caption_writer import load_captioner  # noqa: E402
@@ -37,7 +38,6 @@ from sorax.objectives import complete  # noqa: E402
 from sorax.runs import load_run  # noqa: E402
 from sorax.statistics import mean_cell  # noqa: E402
 from sorax.train import train  # noqa: E402
-from sorax.world_suite import open_world  # noqa: E402
 
 EXPERIMENT = os.path.join(os.path.dirname(__file__), "..", "captions_world.py")
 # Room for four short captions where all are short: less text, more steps.
@@ -125,8 +125,8 @@ def main():
             folder = os.path.join(options.out, f"{name}_{seed}_{steps}")
             train(experiment(name, options, seed, steps), folder, title=f"{name}, seed {seed}")
             if asked is None:
-                own = open_world(load_run(folder, "ema")).config
-                world = World(dataclasses.replace(own, split="test", captions="short", num_samples=options.clips))
+                own = open_source(load_config(EXPERIMENT, [], complete).data.to_dict(), split="test").config
+                world = World(dataclasses.replace(own, captions="short", num_samples=options.clips))
                 asked = prompts(world, RunExpander(load_captioner(options.expander, reads="text")))
             results.add(**key, steps=steps, **score(folder, world, asked))
             shutil.rmtree(folder)  # a result is a line; checkpoints would fill the disk
