@@ -148,7 +148,7 @@ def test_level_table_equals_one_level_a_token(packed):
     changed = np.abs(forward(PARAMS, {}, nothing_given) - out).max(axis=2)[0]
     for i, (*_, given_frames) in enumerate(SAMPLES):
         here = row["segment_ids"][0] == i + 1
-        assert np.all(changed[here] > 1e-4) if given_frames else np.all(changed[here] == 0)
+        assert np.all(changed[here] > 1e-4) if given_frames else np.all(changed[here] < 1e-5)
 
 
 def test_only_differences_of_positions_matter(packed):
