@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny_config
+from conftest import QUICKSTART, TINY
 
 from sorax import distill, sampler
+from sorax.config import load_config
 from sorax.errors import UserError
+from sorax.objectives import complete
 from sorax.runs import load_run
 from sorax.train import train
 
@@ -57,11 +59,15 @@ def test_mean_velocities_along_the_teachers_flow_are_what_the_student_is_taught(
     assert np.abs(other - noise)[:, 1:].max() > 0.1 and np.all(target[:, 0] == 0)
 
 
+def experiment(*overrides):
+    return load_config(str(QUICKSTART), TINY + overrides, complete)
+
+
 def test_a_student_is_a_run_of_few_steps_like_any_other(tiny_run, tmp_path):
     workdir = str(tmp_path / "student")
-    settings = (f"init={tiny_run}", f"vae.path={tiny_run}", "train.freeze=text,", "eval.num_steps=2",
+    settings = (f"init={tiny_run}", f"vae.path={tiny_run}", "train.freeze=('text',)", "eval.num_steps=2",
                 "eval.solver=ddim", "eval.guidance_scale=1.0")  # fmt: skip
-    config = tiny_config(*settings)
+    config = experiment(*settings)
     config.distill = dict(steps=2, teacher_steps=8, guidance=2.0)
     train(config, workdir)
     run, teacher = load_run(workdir), load_run(tiny_run)
@@ -71,7 +77,7 @@ def test_a_student_is_a_run_of_few_steps_like_any_other(tiny_run, tmp_path):
     kernels = [np.asarray(r.networks.dit["patch_embed"]["kernel"]) for r in (run, teacher)]
     assert 0 < np.abs(kernels[0] - kernels[1]).max() < 0.5
     for setting, message in (("eval.num_steps=4", "set config.eval.solver"), ("train.freeze=()", "train.freeze")):
-        wrong = tiny_config(*(s for s in settings if s.split("=")[0] != setting.split("=")[0]), setting)
+        wrong = experiment(*(s for s in settings if s.split("=")[0] != setting.split("=")[0]), setting)
         wrong.distill = config.distill
         with pytest.raises(UserError, match=message):
             train(wrong, str(tmp_path / "wrong"))
