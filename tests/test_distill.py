@@ -59,19 +59,23 @@ def test_mean_velocities_along_the_teachers_flow_are_what_the_student_is_taught(
 
 def test_a_student_is_a_run_of_few_steps_like_any_other(tiny_run, tmp_path, quick_compiler):
     workdir = str(tmp_path / "student")
-    settings = (f"init={tiny_run}", f"vae.path={tiny_run}", "train.freeze=text,", "eval.num_steps=2",
-                "eval.solver=ddim", "eval.guidance_scale=1.0")  # fmt: skip
-    config = tiny_config(*settings)
-    config.distill = dict(steps=2, teacher_steps=8, guidance=2.0)
-    train(config, workdir)
+
+    def student(**changed):
+        config = tiny_config(f"vae.path={tiny_run}")
+        config.init, config.distill = tiny_run, dict(steps=2, teacher_steps=8, guidance=2.0)
+        config.train.freeze = ("text",)
+        config.eval.update(num_steps=2, solver="ddim", guidance_scale=1.0)
+        config.update(changed)
+        return config
+
+    train(student(), workdir)
     run, teacher = load_run(workdir), load_run(tiny_run)
     assert run.sampling() | dict(shift=0) == dict(num_steps=2, solver="ddim", guidance_scale=1.0, shift=0)
     same = jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), run.networks.text, teacher.networks.text)
     assert all(jax.tree.leaves(same))
     kernels = [np.asarray(r.networks.dit["patch_embed"]["kernel"]) for r in (run, teacher)]
     assert 0 < np.abs(kernels[0] - kernels[1]).max() < 0.5
-    for setting, message in (("eval.num_steps=4", "set config.eval.solver"), ("train.freeze=()", "train.freeze")):
-        wrong = tiny_config(*(s for s in settings if s.split("=")[0] != setting.split("=")[0]), setting)
-        wrong.distill = config.distill
+    for changed, message in ((dict(eval=dict(num_steps=4)), "set config.eval.solver"),
+                             (dict(train=dict(freeze=())), "config.train.freeze to")):  # fmt: skip
         with pytest.raises(UserError, match=message):
-            train(wrong, str(tmp_path / "wrong"))
+            train(student(**changed), str(tmp_path / "wrong"))
