@@ -34,9 +34,12 @@ HINTS = dict(
     inpaint="The clip is made anew where the mask, an image or a video, is white.",
     shots="Several prompts, each with its time: one a line, the first at 0.",
 )  # fmt: skip
+# The button that trims a video would load a program from elsewhere.
 CSS = """
 .gradio-container { max-width: 1500px !important; }
 #result video, #result img { image-rendering: pixelated; }
+#result .image-frame, #result .image-frame img { width: 100%; height: 100%; object-fit: contain; }
+button[aria-label="Trim video to selection"] { display: none; }
 #status .bar { height: .6rem; border-radius: .3rem; background: var(--neutral-200, #ddd); overflow: hidden; }
 #status .bar div { height: 100%; background: var(--color-accent, #f97316); }
 #status p { margin: .2rem 0; overflow-wrap: anywhere; }
@@ -252,12 +255,13 @@ def _fields(gr, app, usual):
     some("second", gr.Video(label="Second clip", sources=["upload"], visible=False, height=260))
     some("mask", gr.File(label="Mask: an image or a video, white where the clip is made anew", visible=False,
                          file_types=["image", "video"]))  # fmt: skip
-    with gr.Group(visible=False) as groups["keyframes"], gr.Row():
+    with gr.Group(visible=False) as groups["keyframes"]:
         for k in range(KEYFRAMES):
-            with gr.Column(min_width=140):
-                fields[f"key_{k}"] = gr.Image(label=f"Image {k + 1}", type="filepath", image_mode=None, height=150,
-                                              sources=["upload", "clipboard"])  # fmt: skip
-                fields[f"time_{k}"] = gr.Textbox(label="at", placeholder="0, 12 or 1.5s", max_length=20)
+            with gr.Row():
+                fields[f"key_{k}"] = gr.Image(label=f"Image {k + 1}", type="filepath", image_mode=None, height=130,
+                                              sources=["upload", "clipboard"], min_width=140)  # fmt: skip
+                fields[f"time_{k}"] = gr.Textbox(label="Time", placeholder="0, 12 or 1.5s", max_length=20,
+                                                 min_width=100)  # fmt: skip
     some("extend", gr.Radio(["forward", "backward"], value="forward", label="Direction", visible=False))
     some("strength", gr.Slider(0.01, 0.99, value=0.6, step=0.01, label="Strength", visible=False))
 
