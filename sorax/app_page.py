@@ -89,7 +89,7 @@ async def _refuse(send, status, text):
 
 
 def serve(app: App, *, host: str, port: int, users=None, max_upload: int = 200, max_queue: int = 16, block=True):
-    """Serves the page until it is interrupted; with block=False returns (blocks, url) at once, see `closing`.
+    """Serves the page until it is interrupted; with block=False returns (url, what `closing` takes besides) at once.
 
     Args:
         port: 0: the first free one from 7860 on. users: (name, password) of who may open it; None: all who reach it.
@@ -119,7 +119,7 @@ def serve(app: App, *, host: str, port: int, users=None, max_upload: int = 200, 
     except (OSError, ValueError) as error:
         raise UserError(f"--host {host} --port {port or 7860}: {error}; name another one") from error
     if not block:
-        return blocks, url
+        return url, (blocks, uploads)
     print(f"{url} (Ctrl-C closes it); results: {app.out}", flush=True)
     with closing(app, blocks, uploads), contextlib.suppress(KeyboardInterrupt):
         threading.Event().wait()
@@ -127,15 +127,14 @@ def serve(app: App, *, host: str, port: int, users=None, max_upload: int = 200, 
 
 
 @contextlib.contextmanager
-def closing(app: App, blocks, uploads=None):
+def closing(app: App, blocks, uploads):
     """Ends a page at the end: what is being made is cancelled, what was uploaded is deleted."""
     try:
         yield
     finally:
         app.close()
         blocks.close(verbose=False)
-        if uploads is not None:
-            uploads.cleanup()
+        uploads.cleanup()
 
 
 def _theme():

@@ -160,9 +160,9 @@ def test_the_page_serves_its_own_alone(app, tmp_path):
 
     secret = tmp_path / "secret.txt"
     secret.write_text("x")
-    blocks, url = serve(app, host="127.0.0.1", port=0, max_upload=1, block=False)
+    url, served = serve(app, host="127.0.0.1", port=0, max_upload=1, block=False)
     url = url.rstrip("/")
-    with closing(app, blocks):
+    with closing(app, *served):
         status, headers, body = answer(url, "/")
         assert status == 200 and "default-src 'self'" in headers["content-security-policy"]
         assert b"fonts.googleapis.com/css" not in body
