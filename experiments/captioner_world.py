@@ -11,7 +11,7 @@ To read latents in place of pixels: --config.model.reads=latents --config.vae.pa
 
 from ml_collections import ConfigDict
 
-MOTIONS = ("still", "straight", "bounce", "fall", "throw", "collide", "orbit", "occlude", "resize")
+MOTIONS = ("still", "straight", "fall", "throw", "resize")
 
 
 def get_world():
@@ -25,12 +25,12 @@ def get_config():
     config = ConfigDict()
     config.kind = "captioner"
     config.model = dict(
-        reads="pixels", in_channels=3, patch_size=(3, 8, 8), vocab_size=512, kinds=("short", "detailed"),
+        reads="pixels", in_channels=3, patch_size=(9, 4, 4), vocab_size=512, kinds=("short", "detailed"),
         encoder_layers=4, decoder_layers=3, num_heads=4, head_dim=32, ffn_dim=384,
     )  # fmt: skip
     config.data = dict(
-        path="world", world=get_world(), batch=32, row_tokens=96, row_text=96, max_segments=2, val_samples=128,
-        stages=(dict(steps=500, caption_mix="short:1", row_text=40),), caption_mix="detailed:0.85,short:0.15",
+        path="world", world=get_world(), batch=32, row_tokens=128, row_text=96, max_segments=2, val_samples=128,
+        stages=(dict(steps=300, caption_mix="short:1", row_text=40),), caption_mix="detailed:0.9,short:0.1",
     )  # fmt: skip
     config.optim = dict(optimizer="muon", lr=2e-2, vector_lr=1e-2, warmup_steps=50, final_lr=0.02, b2=0.99,
                         ema_decay=0.995)  # fmt: skip

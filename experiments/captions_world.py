@@ -1,6 +1,6 @@
 """The quickstart's model, trained on captions that were written anew: is recaptioning worth it on the embedded world?
 
-    sorax caption --data world --run runs/captioner --out captioned --data.world.num_samples=5000
+    sorax caption --data world --run runs/captioner --out captioned --data.world.num_samples=5000 --data.world.extent=6
         --data.world.num_objects=1,1 --data.world.motions=straight --data.world.backgrounds=plain
     sorax train --config experiments/captions_world.py --config.data.path=captions:captioned --workdir runs/captions
 

@@ -8,6 +8,9 @@ import os
 CPU_KERNELS = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE"
 # Loops over 512-bit vectors where the processor has them, in place of 256: small batches take a fifth less CPU time.
 CPU_VECTORS = "--xla_cpu_prefer_vector_width=512"
+# Without a backward pass, the products are faster by XLA's older kernels: sampling takes a fifth less CPU time at a
+# width of 384, a tenth less at 128.
+FORWARD = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
 def configure():
@@ -16,6 +19,16 @@ def configure():
     if importlib.metadata.version("jaxlib").startswith("0.10."):
         own = [flag for flag in (CPU_KERNELS, CPU_VECTORS) if flag.partition("=")[0] not in flags]
         os.environ["XLA_FLAGS"] = " ".join([*own, flags]).strip()
+
+
+def forward_options() -> dict[str, str]:
+    """`compiler_options` of `jax.jit` for a program without a backward pass, unless the user has set his own value."""
+    import jax
+
+    given = os.environ.get("XLA_FLAGS", "")
+    ours = CPU_KERNELS in given or CPU_KERNELS.partition("=")[0] not in given
+    known = importlib.metadata.version("jaxlib").startswith("0.10.")
+    return FORWARD if known and ours and jax.default_backend() == "cpu" else {}
 
 
 def keep_programs():

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from data_pipelines.text_tokens import Tokenizer
 from sorax import functional, sharding
 from sorax.attention import attention
+from sorax.backend import forward_options
 from sorax.dit import DiT, DiTConfig
 from sorax.encode import Codec
 from sorax.errors import UserError
@@ -125,7 +126,8 @@ class Generator:
             options = dict(constrain=sharding.activation_constraint(mesh), attend=attend, attend_text=attend_text)
             place = sharding.replicated(mesh)
         self._sample = jax.jit(functools.partial(sample_groups, networks, **options), out_shardings=place,
-                               static_argnames=("segments", "on_step"))  # fmt: skip
+                               static_argnames=("segments", "on_step"),
+                               compiler_options=forward_options())  # fmt: skip
         self._hook = _StepHook()
         self.runs = 0  # of the network, in the last call of `latents`: each is a batch of rows, of all its branches
 

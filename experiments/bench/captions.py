@@ -1,7 +1,7 @@
 """What recaptioning is worth: DiTs trained on several kinds of captions at equal compute, asked in kinds of prompts.
 
     python -m experiments.bench.captions --vae runs/modes/vae --captions captioned --expander runs/expander
-        --out runs/captions [--steps 1000] [--seeds 3] [--clips 128]
+        --out runs/captions [--steps 1000] [--seeds 0,1,2] [--clips 128]
 
 The table of DALL-E 3 (Betker et al. 2023), exact: the world is its own judge. --captions is what `sorax caption` wrote
 for the world of `experiments/captions_world.py`, --expander a run of `experiments/expander_world.py`. `original` are
@@ -102,7 +102,7 @@ def main():
     parser.add_argument("--expander", required=True)
     parser.add_argument("--out", required=True)
     parser.add_argument("--steps", type=int, default=1000, help="of `original`")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=lambda text: [int(n) for n in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--clips", type=int, default=128)
     parser.add_argument("--variants", default="original,detailed,blend_95")
     options = parser.parse_args()
@@ -116,7 +116,7 @@ def main():
     results = Results(options.out)
     cost = results.costs({name: experiment(name, options) for name in {"original", *names}})
     asked = world = None
-    for seed in range(options.seeds):
+    for seed in options.seeds:
         for name in names:
             key = dict(variant=name, seed=seed, budget=options.steps)
             if results.find(**key):
