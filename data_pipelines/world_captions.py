@@ -123,8 +123,12 @@ def _clears(scene: Scene, i: int, duration: float) -> bool:
 
 
 def _place(scene: Scene, body: Body) -> str:
-    """Where the object is at time 0, by thirds of the frame."""
-    x, y = body.path.state(np.zeros(1))[0][0] / (scene.width, scene.height)
+    """Where the object is at time 0."""
+    return place_word(*body.path.state(np.zeros(1))[0][0] / (scene.width, scene.height))
+
+
+def place_word(x: float, y: float) -> str:
+    """A place by thirds of the frame; x to the right and y down, in fractions of the frame."""
     down = "top" if y < 1 / 3 else "bottom" if y > 2 / 3 else ""
     across = "left" if x < 1 / 3 else "right" if x > 2 / 3 else ""
     if down:
@@ -134,12 +138,15 @@ def _place(scene: Scene, body: Body) -> str:
 
 def _relation(scene: Scene) -> str:
     first, second = scene.bodies[:2]
-    dx, dy = (second.path.state(np.zeros(1))[0] - first.path.state(np.zeros(1))[0])[0]
-    if abs(dx) >= abs(dy):
-        word = "left of" if dx > 0 else "right of"
-    else:
-        word = "above" if dy > 0 else "below"
+    word = relation_word(*(second.path.state(np.zeros(1))[0] - first.path.state(np.zeros(1))[0])[0])
     return f"the {_name(first)} is {word} the {_name(second)}"
+
+
+def relation_word(dx: float, dy: float) -> str:
+    """Where a first object is, seen from a second, which is dx further right and dy further down."""
+    if abs(dx) >= abs(dy):
+        return "left of" if dx > 0 else "right of"
+    return "above" if dy > 0 else "below"
 
 
 def _events(scene: Scene, duration: float) -> str:

@@ -2,8 +2,14 @@
 
 An attribute is right where it is right of every object that it is told of; objects are paired by what they are, not by
 the order in which they are told. A caption that is not of the grammar is wrong in everything that it was asked for.
+Places and relations change their words at lines that nobody sees: a word is right where it is within half a pixel.
 """
 
+import itertools
+
+import numpy as np
+
+from data_pipelines.world_captions import place_word, relation_word
 from data_pipelines.world_grammar import Said, Thing, match, read_caption
 from sorax.statistics import rate_cell
 
@@ -42,7 +48,9 @@ def judge_caption(world, index: int, text: str, kind: str) -> dict[str, bool | N
         elif name == "background":
             found[name] = said.ground == true.ground
         elif name == "relation":
-            found[name] = count and _relation_holds(said, true, world.truth(index))
+            found[name] = count and _relation_holds(said, world, index)
+        elif name == "place":
+            found[name] = count and all(a.place in _places(b, true, world, index) for a, b in pairs)
         elif name == "events":
             found[name] = count and said.events == true.events and _same(pairs, "hits", "end")
         else:
@@ -67,21 +75,38 @@ def _same(pairs: list[tuple[Thing, Thing]], *names) -> bool:
     return all(getattr(a, name) == getattr(b, name) for a, b in pairs for name in names)
 
 
-def _relation_holds(said: Said, true: Said, truth) -> bool:
+def _near(x: float, y: float):
+    """Points half a pixel away and less."""
+    return [(x + dx, y + dy) for dx, dy in itertools.product((-0.5, 0.0, 0.5), repeat=2)]
+
+
+def _starts(world, index):
+    """Where the objects of an item are at time 0, in pixels, in the order of its detailed caption; (width, height)."""
+    scene, (_, height, width) = world.scene(index), world.frame_shape(index)
+    return [body.path.state(np.zeros(1))[0][0] / (scene.width, scene.height) * (width, height)
+            for body in scene.bodies], (width, height)  # fmt: skip
+
+
+def _places(thing: Thing, true: Said, world, index) -> set[str | None]:
+    """What may be said of the place of a thing of a true caption; None where that says nothing of it."""
+    if thing.place is None:
+        return {None}
+    starts, (width, height) = _starts(world, index)
+    start = next(start for start, other in zip(starts, true.things) if other is thing)
+    return {place_word(x / width, y / height) for x, y in _near(*start)}
+
+
+def _relation_holds(said: Said, world, index) -> bool:
     """Whether what is said of two objects holds at the beginning, whichever two of the clip's they are."""
     if said.relation is None:
         return False
     first, word, second = said.relation
-    places = {}
-    for thing, position in zip(truth.objects, truth.position):
-        places.setdefault(f"{thing.color} {thing.shape}", []).append(position[0])
-    for a in places.get(first, ()):
-        for b in places.get(second, ()):
-            dx, dy = b - a
-            across = "left of" if dx > 0 else "right of"
-            if a is not b and word == (across if abs(dx) >= abs(dy) else "above" if dy > 0 else "below"):
-                return True
-    return False
+    starts, bodies = _starts(world, index)[0], world.scene(index).bodies
+    named = [(f"{body.color} {body.shape}", start) for body, start in zip(bodies, starts)]
+    return any(
+        (a, b) == (first, second) and word in {relation_word(*point) for point in _near(*(there - here))}
+        for (a, here), (b, there) in itertools.permutations(named, 2)
+    )
 
 
 def score_captions(world, indices, texts, kind: str) -> dict[str, dict]:

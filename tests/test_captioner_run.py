@@ -164,6 +164,27 @@ def test_every_wrong_word_is_found_where_it_is_wrong():
     assert judge_caption(WORLD, i, swap["color"], "short")["real"] == [False]
 
 
+PLACES = ("at the top left", "at the top", "at the top right", "on the left", "in the middle", "on the right",
+          "at the bottom left", "at the bottom", "at the bottom right")  # fmt: skip
+
+
+def test_a_place_is_right_within_half_a_pixel_of_it_and_no_further():
+    world, found = World(WorldConfig(num_samples=60, motions=("still",), num_objects=(1, 1))), {True: 0, False: 0}
+    for i in range(len(world)):
+        scene, text = world.scene(i), world.caption(i, style="detailed")
+        x, y = scene.bodies[0].path.state(np.zeros(1))[0][0] / (scene.width, scene.height) * 32
+        true = next(place for place in sorted(PLACES, key=len, reverse=True) if place in text)
+        near = [abs(at - line) <= 0.5 for at in (x, y) for line in (32 / 3, 64 / 3)]
+        for place in set(PLACES) - {true}:
+            right = judge_caption(world, i, text.replace(true, place), "detailed")["place"]
+            assert not right or any(near)
+            found[right] += 1
+        # What a step of half a pixel over the nearest line leads to is right.
+        assert any(near) == any(judge_caption(world, i, text.replace(true, place), "detailed")["place"]
+                                for place in set(PLACES) - {true})  # fmt: skip
+    assert found[True] and found[False]
+
+
 def test_a_captioner_reads_latents_too(tiny_run, tmp_path):
     workdir = str(tmp_path / "run")
     experiment = tiny("captioner_world", "model.reads=latents", "model.in_channels=5", "model.patch_size=(1,4,4)",
