@@ -28,6 +28,23 @@ def xla_flags(devices):
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}".strip()
 
+# What takes longest goes first, so that no worker is alone with it at the end; pytest-xdist would go by the number of
+# tests in a file, of which the slowest have few.
+SLOW = (
+    "test_train", "test_cli", "test_world_suite", "test_captioner_run", "test_processes", "test_lora", "test_mesh",
+    "test_plan", "test_import", "test_video_suite", "test_evaluate_vae", "test_generate", "test_parity",
+    "test_export_diffusers", "test_routing", "test_attention_kernels", "test_codec", "test_stream", "test_vae",
+    "test_parser", "test_distill", "test_modes", "test_windows", "test_text_embeds", "test_exactly_once", "test_app",
+    "test_structure",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """Sorts the tests by file, the slow ones first; a file's own order stays."""
+    places = {name: place for place, name in enumerate(SLOW)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(SLOW)))
+
+
 def tpu_environment():
     """Environment of a process that compiles for TPUs: libtpu reads XLA_FLAGS too, and stops at what it knows not."""
     ours = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")
