@@ -1,7 +1,11 @@
-"""The quickstart's model, trained on captions that were written anew: is recaptioning worth it on the embedded world?
+"""The quickstart's model and world, trained on captions that were written anew: is recaptioning worth it here?
 
-    sorax caption --data world --run runs/captioner --out captioned --data.world.num_samples=5000 --data.world.extent=6
-        --data.world.num_objects=1,1 --data.world.motions=straight --data.world.backgrounds=plain
+    WORLD="fps=6 extent=5 num_objects=(1,1) motions=('straight',) backgrounds=('plain',)"
+    sorax train --config experiments/captioner_world.py --workdir runs/captioner --config.train.steps=500
+        --config.model.patch_size="(5,4,4)" --config.data.row_text=56 $(printf -- '--config.data.world.%s ' $WORLD)
+        --config.data.world.shapes="((5,32,32),)"
+    sorax caption --data world --run runs/captioner --out captioned --data.world.num_samples=5000
+        --data.world.shapes="((5,32,32),)" $(printf -- '--data.world.%s ' $WORLD)
     sorax train --config experiments/captions_world.py --config.data.path=captions:captioned --workdir runs/captions
 
 Without --config.data.path the detailed captions are the world's own. `experiments/bench/captions.py` makes DALL-E 3's
@@ -10,13 +14,12 @@ table of it: kinds of captions in training against kinds of prompts.
 
 from ml_collections import ConfigDict
 
-# Of the clips that `captioner_world.py` learns from: 9 frames of 32x32 pixels.
-SHAPES = ((9, 32, 32),)
+SHAPES = ((5, 32, 32),)
 
 
 def get_world():
     return ConfigDict(
-        dict(num_samples=5000, shapes=SHAPES, fps=8.0, extent=6.0, num_objects=(1, 1), motions=("straight",),
+        dict(num_samples=5000, shapes=SHAPES, fps=6.0, extent=5.0, num_objects=(1, 1), motions=("straight",),
              backgrounds=("plain",))
     )
 
@@ -30,9 +33,7 @@ def get_vae():
         pixel_patch=2,
     )  # fmt: skip
     config.loss = dict(l1=0.0, l2=1.0, kl=2e-4)
-    world = get_world()
-    world.shapes = ((5, 32, 32),)
-    config.data = dict(path="", world=world, batch=8, stages=(dict(steps=350, batch=32, crop=(1, 0, 0)),))
+    config.data = dict(path="", world=get_world(), batch=8, stages=(dict(steps=350, batch=32, crop=(1, 0, 0)),))
     config.optim = dict(optimizer="muon", lr=2e-2, warmup_steps=20, final_lr=0.02, b2=0.99, ema_decay=0.98)
     config.train = dict(steps=800, seed=0, log_every=20)
     config.checkpoint = dict(every=400, keep=1)
@@ -53,9 +54,9 @@ def get_config():
     config.flow = dict(
         sigma_mean=0.0, sigma_std=1.0, train_shift=3.0, sample_shift=3.0, caption_dropout=0.1,
     )  # fmt: skip
-    # Rows of four clips of 20 tokens, and as many detailed captions.
+    # Rows of eight clips of 12 tokens, and as many detailed captions.
     config.data = dict(
-        path="world", world=get_world(), batch=32, row_tokens=80, row_text=192, max_segments=4, val_samples=64,
+        path="world", world=get_world(), batch=32, row_tokens=96, row_text=208, max_segments=8, val_samples=64,
         tokenizer="bpe", caption_mix="detailed:0.95,short:0.05",
     )  # fmt: skip
     config.optim = dict(

@@ -9,9 +9,9 @@ the captions that the clips came with, which are short. All variants train on th
 `original`: long captions take more time a step, and get fewer steps.
 
 Prompts are the short and the detailed captions of clips that nobody trains on, and the short ones expanded. Asked of
-all, `said`: colour, shape, count, direction, motion, as short captions say them. Asked of longer prompts, `all`: size,
-speed and place too. The same noise everywhere; intervals are bootstraps over prompts, of all seeds together, beside the
-lowest and the highest seed. Every result is a line of OUT/results.jsonl, done once.
+all, `said`: colour, shape, count, direction, motion, as short captions say them. Asked of longer prompts, `all`: size
+and speed too. Each is also scored by itself. The same noise everywhere; intervals are bootstraps over prompts, of all
+seeds together, beside each seed's mean. Every result is a line of OUT/results.jsonl, done once.
 """
 
 import argparse
@@ -40,10 +40,10 @@ from sorax.statistics import mean_cell  # noqa: E402
 from sorax.train import train  # noqa: E402
 
 EXPERIMENT = os.path.join(os.path.dirname(__file__), "..", "captions_world.py")
-# Room for four short captions where all are short: less text, more steps.
+# Room for eight short captions where all are short: less text, more steps.
 VARIANTS = dict(
-    original=("data.caption_mix=original:1", "data.row_text=48"),
-    short=("data.caption_mix=short:1", "data.row_text=48"),
+    original=("data.caption_mix=original:1", "data.row_text=72"),
+    short=("data.caption_mix=short:1", "data.row_text=72"),
     detailed=("data.caption_mix=detailed:1",),
     blend_95=("data.caption_mix=detailed:0.95,original:0.05",),
     blend_50=("data.caption_mix=detailed:0.5,original:0.5",),
@@ -77,21 +77,22 @@ def score(folder, world, asked) -> dict:
     for kind, texts in asked.items():
         requests = [Request(text, *world.config.shapes[0], seed=i) for i, text in enumerate(texts)]
         videos = generator.videos(requests, **how)
-        for what, names in dict(said=SHORT, all=DETAILED).items():
-            found[f"{what}_{kind}"] = [int(judge(video, truth, asked=names)["joint"])
-                                       for video, truth in zip(videos, truths)]  # fmt: skip
-    del found["all_short"]  # is not in the prompt
+        spoken = [name for name in DETAILED if name != "relation" and (kind != "short" or name in SHORT)]
+        judged = [judge(video, truth, asked=spoken) for video, truth in zip(videos, truths)]
+        sets = {name: (name,) for name in spoken} | dict(said=SHORT) | (dict(all=spoken) if kind != "short" else {})
+        for what, names in sets.items():
+            found[f"{what}_{kind}"] = [int(all(j[name] is not False for name in names)) for j in judged]
     return found
 
 
 def table(results, options):
     for name in VARIANTS:
         rows = [r for r in results.rows if r.get("variant") == name and r["budget"] == options.steps]
-        for key in [key for key in (rows[0] if rows else ()) if key.startswith(("said_", "all_"))]:
+        for key in [key for key, values in (rows[0] if rows else {}).items() if isinstance(values, list)]:
             cell = mean_cell([x for row in rows for x in row[key]], groups=[*range(len(rows[0][key]))] * len(rows))
             mean, low, high, *seeds = (100 * x for x in (cell["value"], cell["lo"], cell["hi"],
                                                          *sorted(np.mean(row[key]) for row in rows)))  # fmt: skip
-            print(f"{name:9} {rows[0]['steps']:5} steps  {key:14} {mean:3.0f} % [{low:.0f}, {high:.0f}]  "
+            print(f"{name:9} {rows[0]['steps']:5} steps  {key:18} {mean:3.0f} % [{low:.0f}, {high:.0f}]  "
                   f"seeds {', '.join(f'{x:.0f}' for x in seeds)}")  # fmt: skip
 
 
