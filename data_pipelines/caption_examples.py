@@ -8,9 +8,11 @@ from sorax.errors import UserError
 
 
 def padded(video, patch_size):
-    """A video uint8 [T, H, W, C] with black frames, rows and columns at its ends up to whole patches."""
-    missing = [-n % p for n, p in zip(video.shape, patch_size)]
-    return np.pad(video, [(0, n) for n in missing] + [(0, 0)]) if any(missing) else video
+    """A video uint8 [T, H, W, C] up to whole patches: it stands still at its end, with black rows and columns."""
+    frames, *sides = (-n % p for n, p in zip(video.shape, patch_size))
+    if any(sides):
+        video = np.pad(video, [(0, 0), *((0, n) for n in sides), (0, 0)])
+    return np.pad(video, [(0, frames), (0, 0), (0, 0), (0, 0)], mode="edge") if frames else video
 
 
 class WholePatches(PixelExamples):

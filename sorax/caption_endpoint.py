@@ -54,12 +54,15 @@ def _data_url(frame, side):
 
 
 def json_in(text: str) -> dict:
-    """The JSON object in an answer, which may stand in a fence or in prose. Raises AnswerError where there is none."""
-    start, end = text.find("{"), text.rfind("}")
-    try:
-        found = json.loads(text[start : end + 1], strict=False) if start >= 0 else None
-    except (ValueError, RecursionError):
-        found = None
+    """The last JSON object in an answer, which may stand in a fence, in prose or behind thoughts. Raises AnswerError
+    where there is none."""
+    decoder, found, start = json.JSONDecoder(strict=False), None, text.find("{")
+    while start >= 0:
+        try:
+            found, start = decoder.raw_decode(text, start)
+        except (ValueError, RecursionError):
+            start += 1
+        start = text.find("{", start)
     if not isinstance(found, dict):
         raise AnswerError(f"endpoint: no JSON object in the answer, which begins {plain(text, 60)!r}")
     return found

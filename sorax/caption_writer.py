@@ -159,7 +159,10 @@ class CaptionRun:
     @property
     def identity(self) -> str:
         """What its captions depend on, in words."""
-        return f"captioner {os.path.basename(os.path.abspath(self.workdir))} at step {self.step}"
+        from sorax.score_report import params_hash
+
+        name, weights = os.path.basename(os.path.abspath(self.workdir)), params_hash(self.writer.params)
+        return f"captioner {name} at step {self.step}, weights {weights[:8]}"
 
 
 def load_captioner(workdir: str, weights: str = "ema", reads: str = "") -> CaptionRun:

@@ -57,7 +57,7 @@ def add_expansion(verb, with_run: bool = True):
         group.add_argument("--expand", action="store_true", help="make the prompts detailed first, and show them")
         group.add_argument("--expander", default="", help="run of a model that does it (default: RUN/expander)")
     group.add_argument("--pin", default="", metavar="FILE.json", help="prompts and what they became: what is there is "
-                       "taken as it is, edited or not, and what is new is added")  # fmt: skip
+                       "taken as it is, edited or not, and what is new is added; equal prompts share one")  # fmt: skip
     _add_endpoint(verb)
 
 
@@ -95,10 +95,11 @@ def _endpoint(arguments, cache: str, temperature: float):
 
 @dataclasses.dataclass(frozen=True)
 class _Writer:
-    """Who writes captions. captions: source -> what `recaption` takes. data, grid: how videos are read for it (None: no
-    run says). usage: what to tell of it at the end."""
+    """Who writes captions, of which kinds. captions: source -> what `recaption` takes. data, grid: how videos are read
+    for it (None: no run says). usage: what to tell of it at the end."""
 
     identity: dict
+    kinds: tuple[str, ...]
     captions: Callable
     data: Any
     grid: dict
@@ -107,15 +108,16 @@ class _Writer:
 
 def _writer(arguments, cache: str) -> _Writer:
     if bool(arguments.workdir) == bool(arguments.endpoint):
-        raise UserError("captions need either --run RUN, a captioner, or --endpoint URL with --model")
+        raise UserError("captions need --run RUN, a captioner, or --endpoint URL with --model, and not both")
     from sorax import recaption
 
     if arguments.endpoint:
-        from sorax.caption_endpoint import EndpointCaptioner
+        from sorax.caption_endpoint import DETAILED, SHORT, EndpointCaptioner
 
         writer = EndpointCaptioner(_endpoint(arguments, cache, 0.0), arguments.frames, arguments.side)
-        identity = dict(writer=writer.identity, frames=arguments.frames, side=arguments.side)
-        return _Writer(identity, functools.partial(recaption.by_endpoint, writer), None,
+        identity = dict(writer=writer.identity, frames=arguments.frames, side=arguments.side,
+                        temperature=writer.endpoint.config.temperature)
+        return _Writer(identity, (SHORT, DETAILED), functools.partial(recaption.by_endpoint, writer), None,
                        dict(spatial_multiple=16, temporal_stride=1), writer.endpoint.usage.line)  # fmt: skip
     from sorax.caption_writer import load_captioner
     from sorax.config import build
@@ -125,7 +127,8 @@ def _writer(arguments, cache: str) -> _Writer:
     flags = dict(how=arguments.how, beams=arguments.beams, top_p=arguments.top_p, max_tokens=run.max_tokens)
     settings = build(DecodingConfig, flags, "decoding")
     identity = dict(writer=run.identity, decoding=dataclasses.asdict(settings))
-    return _Writer(identity, functools.partial(recaption.by_run, run, settings), run.config.data, run.grid,
+    by = functools.partial(recaption.by_run, run, settings)
+    return _Writer(identity, run.writer.config.kinds, by, run.config.data, run.grid,
                    lambda: f"captions by {run.identity}")  # fmt: skip
 
 
@@ -162,6 +165,9 @@ def caption_verb(arguments, overrides):
     from sorax import recaption
 
     writer = _writer(arguments, os.path.join(work, "answers"))
+    if arguments.caption not in writer.kinds:
+        raise UserError(f"--caption {arguments.caption!r} is none of the kinds that are written: use one of "
+                        f"{', '.join(writer.kinds)}")  # fmt: skip
     section = _section(arguments.data, writer.data, overrides)
     source = recaption.open_uncaptioned(section, os.path.join(work, "index"), reporter("index"), **writer.grid)
     try:
@@ -228,23 +234,26 @@ def expand_prompts(arguments, prompts, workdir: str, seed: int) -> list[str]:
     """
     from sorax.expand import expand
 
-    pinned = _read_pinned(arguments.pin)
-    new = [k for k, prompt in enumerate(prompts) if prompt not in pinned]
-    reasons = {}
-    if new:
-        expander = _expander(arguments, workdir)
-        for k in new:  # one by one: a prompt's seed is that of its place
-            (found,) = expand([prompts[k]], expander, seed + k)
-            pinned[prompts[k]], reasons[prompts[k]] = found.text, found.reason
-        if arguments.pin:
-            from sorax.config import write_atomic
+    for k, prompt in enumerate(prompts):
+        if not prompt.strip():
+            raise UserError(f"prompt {k + 1} is empty: there is nothing to make longer")
+    pinned, expander, texts = _read_pinned(arguments.pin), None, []
+    for k, prompt in enumerate(prompts):
+        reason = ""
+        if prompt in pinned:
+            texts.append(pinned[prompt])
+        else:
+            expander = expander or _expander(arguments, workdir)
+            (found,) = expand([prompt], expander, seed + k)  # one by one: a prompt's seed is that of its place
+            texts.append(found.text)
+            reason = found.reason
+            if arguments.pin and found.answered:  # who did not answer is asked again
+                from sorax.config import write_atomic
 
-            write_atomic(arguments.pin, json.dumps(pinned, indent=1, ensure_ascii=False) + "\n")
-    for prompt in prompts:
-        print(f"{prompt}\n  -> {pinned[prompt]}")
-        if reasons.get(prompt):
-            print(f"     (as it was: {reasons[prompt]})")
-    return [pinned[prompt] for prompt in prompts]
+                pinned[prompt] = found.text
+                write_atomic(arguments.pin, json.dumps(pinned, indent=1, ensure_ascii=False) + "\n")
+        print(f"{prompt}\n  -> {texts[-1]}" + f"\n     (as it was: {reason})" * bool(reason), flush=True)
+    return texts
 
 
 def _read_pinned(path) -> dict[str, str]:
@@ -282,6 +291,6 @@ def open_expander(workdir: str):
         folder = os.path.join(folder, EXPANDER)
         if not os.path.isdir(folder):
             raise UserError(f"{workdir} has no model that expands prompts: train one on its captions, with `sorax "
-                            f"train --config experiments/expander_world.py --workdir {folder}`, name one with "
-                            "--expander, or an --endpoint")  # fmt: skip
+                            f"train --config experiments/expander_world.py --workdir {folder}` (of other data than "
+                            "the world: --config.data.path), name the run of one, or an --endpoint")  # fmt: skip
     return RunExpander(load_captioner(folder, reads="text"))

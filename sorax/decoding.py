@@ -33,9 +33,10 @@ class DecodingConfig:
         if self.how not in HOW:
             raise ValueError(f"how is {self.how!r}: use one of {', '.join(HOW)}")
         if self.max_tokens < 1 or self.beams < 1:
-            raise ValueError(f"max_tokens {self.max_tokens} and beams {self.beams} are at least 1")
+            raise ValueError(f"max_tokens {self.max_tokens} and beams {self.beams} must be at least 1")
         if not (self.temperature > 0 and 0 < self.top_p <= 1):
-            raise ValueError(f"temperature {self.temperature} is above 0, top_p {self.top_p} above 0 and up to 1")
+            raise ValueError(f"temperature {self.temperature} must be above 0, and top_p {self.top_p} above 0 and at "
+                             "most 1")  # fmt: skip
         if self.length_penalty < 0:
             raise ValueError(f"length_penalty is {self.length_penalty}: it is not negative")
 

@@ -41,6 +41,10 @@ class AnswerError(UserError):
     """One request got no answer that can be used; others may."""
 
 
+class NoAnswerError(AnswerError):
+    """There was no answer at all, however often it was asked for."""
+
+
 @dataclasses.dataclass(frozen=True)
 class EndpointConfig:
     """Where answers come from and how they are asked for.
@@ -257,7 +261,7 @@ class Endpoint:
             told = {name: count for name, count in counts.items() if count is not None}
             self.usage.add(answers=1, uncounted=int(not told), **told)
             return answer
-        raise AnswerError(f"endpoint: no answer in {config.tries} tries; the last: {reason}")
+        raise NoAnswerError(f"endpoint: no answer from {config.url} in {config.tries} tries; the last: {reason}")
 
     def _once(self, body: bytes) -> Answer:
         status, headers, data = self._post(body)

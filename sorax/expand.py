@@ -26,7 +26,7 @@ from sorax import config as config_lib
 from sorax.caption_endpoint import DETAILED, SHORT
 from sorax.caption_writer import CaptionRun
 from sorax.decoding import DecodingConfig
-from sorax.endpoint import AnswerError
+from sorax.endpoint import AnswerError, NoAnswerError
 from sorax.errors import UserError
 
 EXPANDER = "expander"  # folder of a text-to-video run, where the model that expands its prompts is looked for
@@ -45,11 +45,13 @@ _ENDINGS = ("ingly", "edly", "ings", "ing", "ies", "ied", "es", "ed", "ly", "s",
 
 @dataclasses.dataclass(frozen=True)
 class Expansion:
-    """A prompt and what is to be sampled in its place. reason: why that is the prompt itself, or ""."""
+    """A prompt and what is to be sampled in its place. reason: why that is the prompt itself, or "". answered: whether
+    there was a proposal at all."""
 
     prompt: str
     text: str
     reason: str = ""
+    answered: bool = True
 
     @property
     def expanded(self) -> bool:
@@ -107,11 +109,12 @@ def expand(prompts: Sequence[str], expander: Expander, seed: int = 0, tries: int
 
     Args:
         seed: of the first prompt; prompt k has seed + k. tries: proposals for each, of which the first that keeps all
-            is taken.
+            is taken. Who gave no answer, after its own tries, is not asked again.
     """
     reasons, found = ["there was no proposal"] * len(prompts), [None] * len(prompts)
+    silent = set()
     for attempt in range(tries):
-        open_ = [k for k, text in enumerate(found) if text is None]
+        open_ = [k for k, text in enumerate(found) if text is None and k not in silent]
         if not open_:
             break
         # Seeds of different prompts and attempts are far apart: one prompt's second try is not another's first.
@@ -119,6 +122,8 @@ def expand(prompts: Sequence[str], expander: Expander, seed: int = 0, tries: int
         for k, text in zip(open_, expander.propose([prompts[k] for k in open_], seeds)):
             if isinstance(text, Exception):
                 reasons[k] = str(text)
+                if isinstance(text, NoAnswerError):
+                    silent.add(k)
                 continue
             lost = lost_of(prompts[k], text)
             if lost:
@@ -127,8 +132,8 @@ def expand(prompts: Sequence[str], expander: Expander, seed: int = 0, tries: int
                 reasons[k] = f"proposals are longer than {MOST} characters"
             else:
                 found[k] = text
-    return [Expansion(prompt, text or prompt, "" if text else reason)
-            for prompt, text, reason in zip(prompts, found, reasons)]  # fmt: skip
+    return [Expansion(prompt, text or prompt, "" if text else reason, k not in silent)
+            for k, (prompt, text, reason) in enumerate(zip(prompts, found, reasons))]  # fmt: skip
 
 
 def lost_of(prompt: str, longer: str) -> list[str]:

@@ -72,13 +72,14 @@ class Records:
         settings = self.folder / SETTINGS
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if settings.exists():
-                there = json.loads(settings.read_text())
-                differ = [name for name in identity if there.get(name) != identity[name]]
-                if differ:
-                    raise UserError(f"{out} holds captions of another {', '.join(differ)} ({there.get(differ[0])} "
-                                    f"there, {identity[differ[0]]} here): name another --out, or delete it")
-            elif any(path.name != WORK for path in Path(out).iterdir()):
+            there = json.loads(settings.read_text()) if settings.exists() else None
+            begun = any(path.stat().st_size for path in self.folder.glob("done-*.jsonl"))
+            if there is not None and begun:
+                if differ := _differences(there, identity):
+                    raise UserError(f"{out} holds captions of other settings ({'; '.join(differ[:4])}): name another "
+                                    "--out; what an endpoint was asked already it is not asked again with --cache "
+                                    f"{self.folder / 'answers'}")  # fmt: skip
+            elif there is None and any(path.name != WORK for path in Path(out).iterdir()):
                 raise UserError(f"--out {out} holds something else: name a new folder")
             else:
                 config_lib.write_atomic(str(settings), json.dumps(identity))
@@ -116,6 +117,14 @@ class Records:
             self._file = None
 
 
+def _differences(there, here, name="") -> list[str]:
+    """What differs between two settings, in words."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        return [line for key in {**there, **here}
+                for line in _differences(there.get(key), here.get(key), f"{name}.{key}".lstrip("."))]  # fmt: skip
+    return [] if there == here else [f"{name}: {there} there, {here} here"]
+
+
 def recaption(
     source, out: str, captions: Callable[[list[int]], Iterator[tuple]], *, identity: dict, section: dict,
     shard: tuple[int, int] = (0, 1), caption: str = DETAILED, progress: Callable[[int, int], None] = lambda *_: None,
@@ -136,7 +145,7 @@ def recaption(
         UserError: the folder holds something else, or FAILURES samples failed one after the other.
     """
     keys = [source.spec(i).key for i in range(len(source))]
-    records = Records(out, dict(source=section.get("path") or "world", samples=len(keys)) | identity, shard)
+    records = Records(out, dict(data=json.loads(json.dumps(section)), samples=len(keys)) | identity, shard)
     _write(records, keys, range(shard[0], len(keys), shard[1]), captions, progress)
     done = records.read()
     if any(key not in done for key in keys):
@@ -216,7 +225,10 @@ def by_run(run: CaptionRun, settings: DecodingConfig, source) -> Callable:
                 except _Unreadable as error:
                     yield i, error
             texts = {kind: run.writer.captions(samples, kind, settings, seeds=some) for kind in run.writer.config.kinds}
-            yield from ((i, {kind: texts[kind][k] for kind in texts}) for k, i in enumerate(some))
+            for k, i in enumerate(some):
+                found = {kind: texts[kind][k] for kind in texts}
+                silent = [kind for kind, text in found.items() if not text.strip()]
+                yield i, AnswerError(f"the captioner wrote nothing as {silent[0]!r} caption") if silent else found
 
     return write
 

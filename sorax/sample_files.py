@@ -72,6 +72,9 @@ def check(arguments) -> Ask:
         raise UserError("--cut makes each --shot a scene of its own: give --shot, and no clip, image or loop")
     if arguments.save_latents and not arguments.save_latents.endswith(".npy"):
         raise UserError(f"--save-latents {arguments.save_latents!r}: arrays are written as .npy files")
+    for name in ("pin", "expander", "endpoint"):
+        if getattr(arguments, name, "") and not arguments.expand:
+            raise UserError(f"--{name} is of the expansion of prompts: add --expand")
     if arguments.expand and not arguments.prompt:
         raise UserError("--expand makes each --prompt longer: give one")
     return ask

@@ -140,7 +140,7 @@ def test_an_answer_is_one_bounded_line_of_data():
 
 
 def test_answers_in_fences_and_prose_are_read_and_useless_ones_asked_again():
-    fenced = "Sure!\n```json\n" + json.dumps(CAPTIONS) + "\n```"
+    fenced = "<think>{short}? {\"short\": 1}</think>Sure!\n```json\n" + json.dumps(CAPTIONS) + "\n```"
     half, wrong = completion('{"short": "a red', finish_reason="length"), completion('{"short": "x", "detailed": 3}')
     with serving(half, wrong, then=completion(fenced)) as server:
         assert EndpointCaptioner(client(server)).captions(VIDEO, 8.0) == CAPTIONS

@@ -7,7 +7,7 @@ from fake_endpoint import completion, serving
 
 from data_pipelines.world import World, WorldConfig
 from sorax import cli
-from sorax.endpoint import AnswerError
+from sorax.endpoint import AnswerError, NoAnswerError
 from sorax.expand import TRIES, expand, lost_of
 
 WORLD = World(WorldConfig(num_samples=300, num_objects=(1, 2), kinds=("short", "detailed")))
@@ -41,6 +41,8 @@ def test_where_none_does_the_prompt_stays_and_why_is_said():
     assert found.text == PROMPT and not found.expanded and "red circle right" in found.reason
     assert len(expander.seeds) == TRIES
     assert "busy" in expand([PROMPT], Scripted(AnswerError("busy")))[0].reason
+    silent = Scripted(NoAnswerError("nobody"), GOOD)
+    assert not expand([PROMPT], silent)[0].answered and len(silent.seeds) == 1
     assert "longer than" in expand(["a dog"], Scripted("a dog " * 1000))[0].reason
 
 
@@ -92,7 +94,23 @@ def test_expansions_are_shown_kept_and_edited(tmp_path, capsys, monkeypatch):
     assert json.loads(pin.read_text())["a cow"] == "a cow"
 
 
+def test_who_does_not_answer_is_asked_again_and_equal_prompts_have_their_own_seeds(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    pin, dog = tmp_path / "pinned.json", completion(json.dumps(dict(detailed="A large brown dog runs.")))
+    with serving(then=(500, b"down", {})) as server:
+        assert expand_by(server, "a dog running", "--pin", str(pin), "--tries", "1") == 0
+    assert not pin.exists()
+    with serving(then=dog) as server:
+        assert expand_by(server, "a dog running", "--pin", str(pin), "--tries", "1") == 0
+        assert json.loads(pin.read_text()) == {"a dog running": "A large brown dog runs."}
+        assert expand_by(server, "a dog", "a dog") == 0
+        seeds = [request["seed"] for request in server.requests]
+    assert len(seeds) == 3 and seeds[1] != seeds[2]
+
+
 def test_what_is_missing_is_said(tmp_path, capsys):
+    assert cli.main(["expand", " ", "--run", "x"]) == 2
+    assert "prompt 1 is empty" in capsys.readouterr().err
     assert cli.main(["expand", "a dog"]) == 2
     assert "--run" in capsys.readouterr().err
     (tmp_path / "p.json").write_text("[1]")

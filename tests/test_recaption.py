@@ -98,6 +98,20 @@ def test_a_run_that_is_stopped_goes_on_and_repeats_no_call(folder, tmp_path, mon
         assert len(server.requests) == len(asked) + 2
 
 
+def test_other_settings_are_not_gone_on_with_once_something_is_done(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    with serving(then=by_video) as server:
+        server.script = [(404, b"no such model", {})]
+        assert caption(server, folder, out, "--model", "mistyped", "--concurrency", "1") == 2
+        assert caption(server, folder, out) == 0  # nothing was there yet
+        asked = len(server.requests)
+        for more, words in ((["--data.fps=2"], "data.fps: 8.0 there, 2.0 here"),
+                            (["--temperature", "1.5"], "temperature: 0.0 there, 1.5 here")):  # fmt: skip
+            assert caption(server, folder, out, *more) == 2
+            assert words in capsys.readouterr().err
+        assert len(server.requests) == asked
+
+
 def test_shares_make_the_whole_and_the_last_writes_it(folder, tmp_path, capsys):
     with serving(then=by_video) as server:
         assert caption(server, folder, tmp_path / "whole") == 0
@@ -118,7 +132,8 @@ def test_a_record_that_breaks_off_is_done_again(folder, tmp_path):
 
 @pytest.mark.parametrize("more, words", [
     (["--shard", "2/2"], "is no share"), (["--data.fpss=3"], "did you mean"), (["--model", ""], "no model"),
-    (["--frames", "0"], "show nothing"), (["--run", "x"], "either --run"),
+    (["--frames", "0"], "show nothing"), (["--run", "x"], "and not both"),
+        (["--caption", "nonsense"], "short, detailed"),
 ])  # fmt: skip
 def test_what_cannot_be_meant_is_said(folder, tmp_path, capsys, more, words):
     with serving() as server:
@@ -130,7 +145,7 @@ def test_captions_of_another_model_are_not_mixed_in(folder, tmp_path, capsys):
     with serving(then=by_video) as server:
         assert caption(server, folder, tmp_path / "out") == 0
         assert caption(server, folder, tmp_path / "out", "--model", "other") == 2
-        assert "captions of another writer" in capsys.readouterr().err
+        assert "writer: endpoint model m there, endpoint model other here" in capsys.readouterr().err
         assert caption(server, folder, folder) == 2 and caption(server, folder, tmp_path) == 2
 
 
