@@ -77,7 +77,7 @@ def test_captions_of_a_run_do_not_depend_on_what_is_captioned_beside(captioner):
         run.writer.captions(videos, "long")
 
 
-def test_a_run_captions_a_data_set(captioner, tmp_path, monkeypatch):
+def test_a_run_captions_a_data_set_and_its_silence_is_no_caption(captioner, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     arguments = ["caption", "--data", "world", "--data.world.num_samples=5", "--run", captioner, "--out", str(out)]
     assert cli.main(arguments) == 0
@@ -85,6 +85,10 @@ def test_a_run_captions_a_data_set(captioner, tmp_path, monkeypatch):
     assert len(rows) == 5 and all(set(row["captions"]) == {"short", "detailed"} for row in rows)
     monkeypatch.setattr("sorax.caption_writer.CaptionWriter.captions", None)  # nothing is left to be written
     assert cli.main(arguments) == 0
+    monkeypatch.setattr("sorax.caption_writer.CaptionWriter.captions",
+                        lambda self, videos, kind, *_, **__: [" " if kind == "short" else "x"] * len(videos))
+    assert cli.main([*arguments[:-1], str(tmp_path / "silent")]) == 2
+    assert "the captioner wrote nothing as 'short' caption" in capsys.readouterr().err
 
 
 def test_a_captioner_is_scored_against_the_truth(captioner, tmp_path):

@@ -103,7 +103,8 @@ def test_what_cannot_be_is_one_line_that_says_why(sample, tmp_path, capsys):
     Image.new("L", (16, 16)).save("small.png")
     Image.new("L", (32, 32)).save("black.png")
     for message, *argv in (
-        ("nothing to show",), ("say the same twice", "--prompt", "x", "--frames", 5, "--seconds", 1),
+        ("nothing to show",), ("add --expand", "--prompt", "x", "--pin", "p.json"),
+        ("say the same twice", "--prompt", "x", "--frames", 5, "--seconds", 1),
         ("'bad.png' cannot be used", "--image", "bad.png"),
         ("holds no video stream", "--video", "sound.mp4", "--extend", "forward"),
         ("--seconds is -1", "--prompt", "x", "--seconds", -1),
