@@ -5,8 +5,8 @@
     sorax caption --data world --run runs/captioner --out captioned
 
 One or two objects with five motions, 9 frames of 32x32 pixels, read as patches of 9 frames x 4x4 pixels: in 64 tokens
-each sees all of its time, from which motion is learned much sooner than from patches of 3 frames x 8x8. The last half
-percent of places and events came from 250 steps more at a lower rate, of detailed captions alone from the start:
+each sees all of its time, from which motion is learned much sooner than from patches of 3 frames x 8x8. The last
+percent of events came from 250 steps more at a lower rate, of the last stage's captions alone:
 
     sorax train --config experiments/captioner_world.py --workdir runs/captioner_2 --config.init=runs/captioner
         --config.data.stages="()" --config.train.steps=250 --config.train.seed=1 --config.optim.lr=5e-3

@@ -6,6 +6,8 @@
         --config.data.world.shapes="((5,32,32),)"
     sorax caption --data world --run runs/captioner --out captioned --data.world.num_samples=5000
         --data.world.shapes="((5,32,32),)" $(printf -- '--data.world.%s ' $WORLD)
+    sorax train --config experiments/expander_world.py --workdir runs/expander --config.train.steps=300
+        --config.data.world.shapes="((5,32,32),)" $(printf -- '--config.data.world.%s ' $WORLD)
     sorax train --config experiments/captions_world.py --config.data.path=captions:captioned --workdir runs/captions
 
 Without --config.data.path the detailed captions are the world's own. `experiments/bench/captions.py` makes DALL-E 3's

@@ -13,10 +13,15 @@ CPU_VECTORS = "--xla_cpu_prefer_vector_width=512"
 FORWARD = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
+def knows_flags() -> bool:
+    """Whether jaxlib is of the releases that are known to have these flags: others stop at what they know not."""
+    return importlib.metadata.version("jaxlib").startswith("0.10.")
+
+
 def configure():
     """Adds the flags that make XLA fast on a CPU, unless the user has set his own value."""
     flags = os.environ.get("XLA_FLAGS", "")
-    if importlib.metadata.version("jaxlib").startswith("0.10."):
+    if knows_flags():
         own = [flag for flag in (CPU_KERNELS, CPU_VECTORS) if flag.partition("=")[0] not in flags]
         os.environ["XLA_FLAGS"] = " ".join([*own, flags]).strip()
 
@@ -27,8 +32,7 @@ def forward_options() -> dict[str, str]:
 
     given = os.environ.get("XLA_FLAGS", "")
     ours = CPU_KERNELS in given or CPU_KERNELS.partition("=")[0] not in given
-    known = importlib.metadata.version("jaxlib").startswith("0.10.")
-    return FORWARD if known and ours and jax.default_backend() == "cpu" else {}
+    return FORWARD if knows_flags() and ours and jax.default_backend() == "cpu" else {}
 
 
 def keep_programs():

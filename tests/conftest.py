@@ -1,7 +1,6 @@
 """Every test sees 8 CPU devices, so that sharding is tested wherever the suite runs; and a run to look at."""
 
 import fcntl
-import importlib.metadata
 import os
 import pathlib
 import signal
@@ -21,8 +20,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def xla_flags(devices):
     """XLA_FLAGS of a process with so many CPU devices. Loops compile in half the time without the newer emitters, whose
     flag only the releases are told that are known to have it."""
-    known = importlib.metadata.version("jaxlib").startswith("0.10.")
-    return f"--xla_force_host_platform_device_count={devices}" + " --xla_cpu_use_fusion_emitters=false" * known
+    from sorax.backend import knows_flags
+
+    return f"--xla_force_host_platform_device_count={devices}" + " --xla_cpu_use_fusion_emitters=false" * knows_flags()
 
 
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):

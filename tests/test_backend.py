@@ -7,6 +7,8 @@ import pytest
 
 from sorax import backend
 
+pytestmark = pytest.mark.skipif(not backend.knows_flags(), reason="the flags are of jaxlib 0.10")
+
 
 @pytest.fixture
 def flags(monkeypatch):

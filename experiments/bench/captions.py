@@ -1,12 +1,12 @@
 """What recaptioning is worth: DiTs trained on several kinds of captions at equal compute, asked in kinds of prompts.
 
-    python -m experiments.bench.captions --vae runs/modes/vae --captions captioned --expander runs/expander
+    python -m experiments.bench.captions --vae runs/quickstart/vae --captions captioned --expander runs/expander
         --out runs/captions [--steps 1000] [--seeds 0,1,2] [--clips 128]
 
 The table of DALL-E 3 (Betker et al. 2023), exact: the world is its own judge. --captions is what `sorax caption` wrote
-for the world of `experiments/captions_world.py`, --expander a run of `experiments/expander_world.py`. `original` are
-the captions that the clips came with, which are short. All variants train on the CPU time of --steps steps of
-`original`: long captions take more time a step, and get fewer steps.
+for the world of `experiments/captions_world.py`, --expander a run of `experiments/expander_world.py` on that world; its
+docstring has both commands. `original` are the captions that the clips came with, which are short. All variants train
+on the CPU time of --steps steps of `original`: long captions take more time a step, and get fewer steps.
 
 Prompts are the short and the detailed captions of clips that nobody trains on, and the short ones expanded. Asked of
 all, `said`: colour, shape, count, direction, motion, as short captions say them. Asked of longer prompts, `all`: size
