@@ -1,10 +1,14 @@
-"""Packed attention for CPUs: blocks of queries, each against the keys of its own segments only.
+"""Packed attention for CPUs: blocks of queries, each against the keys of its own segments only, and the reverse.
 
 Blocks begin where segments begin, so that little of them is wasted, and small segments share a block. What a block
 needs is read from the segment ids at run time; XLA cannot differentiate such loops, so the gradient is written out.
 Online softmax and gradient as in FlashAttention (Dao et al. 2022).
 
-Legend: B rows, N query tokens, M key tokens, K heads, A head dim; T = B * N and U = B * M, all rows laid end to end.
+What is read or written at a place known at run time lies flat, as `[K * B * N * A]`: XLA then copies a block at a third
+of the time of one of a larger array. In the gradient, blocks of keys are the outer loop and logits are transposed: no
+product then contracts over the first axis of both its operands, which takes twice as long as the others.
+
+Legend: B rows, N query tokens, M key tokens, K heads, A head dim.
 """
 
 import functools
@@ -14,35 +18,32 @@ import jax
 import jax.numpy as jnp
 
 # Measured on two x86-64 cores at heads of 32 to 128. One head at a time: the logits of a block stay in the cache.
-BLOCK_Q, BLOCK_KV = 128, 128
-# Forward, segments of 192 and more on average have blocks of twice the side: an eighth to a quarter less time.
-LONG = 1.5  # in BLOCK_Q
+BLOCK = 128
 MASKED, FLOOR = -1e30, -1e20  # of a masked logit, and of the largest logit so far: exp(MASKED - FLOOR) is 0
 
 
-def _take(x, head, start, size):
-    """`[size, A]` of one head of x `[T, K, A]`."""
-    return jax.lax.dynamic_slice(x, (start, head, 0), (size, 1, x.shape[2]))[:, 0]
+def _flat(x):
+    return einops.rearrange(x, "b n k a -> (k b n a)")
 
 
-def _put(x, value, head, start):
-    return jax.lax.dynamic_update_slice(x, value[:, None].astype(x.dtype), (start, head, 0))
+def _take(x, start, shape):
+    """Block of `shape` `[n, A]` from token `start` on, of a flat array."""
+    return jax.lax.dynamic_slice(x, (start * shape[1],), (shape[0] * shape[1],)).reshape(shape)
 
 
-def _take_kv(x, head, start, size):
-    """`[size, A]` of one head of x `[K, U, A]`: what is read again and again lies in one piece."""
-    return jax.lax.dynamic_slice(x, (head, start, 0), (1, size, x.shape[2]))[0]
+def _put(x, value, start):
+    return jax.lax.dynamic_update_slice(x, value.astype(x.dtype).reshape(-1), (start * value.shape[1],))
 
 
-def _put_kv(x, value, head, start):
-    return jax.lax.dynamic_update_slice(x, value[None], (head, start, 0))
+def _halve(op, x):
+    """`[n, l]`, l at most 16 where m is a power of 2: op over x `[n, m]`, halves upon halves: loops of wide vectors."""
+    while x.shape[1] > 16 and x.shape[1] % 2 == 0:
+        x = op(*jnp.split(x, 2, axis=1))
+    return x
 
 
 def _fold(op, x):
-    """`[n, 1]`: op over each row of x `[n, m]`, halves upon halves first, which XLA makes one loop of wide vectors."""
-    while x.shape[1] > 16 and x.shape[1] % 2 == 0:
-        x = op(*jnp.split(x, 2, axis=1))
-    return op.reduce(x, axis=1, keepdims=True)
+    return op.reduce(_halve(op, x), axis=1, keepdims=True)
 
 
 def _product(equation, x, y):
@@ -50,155 +51,161 @@ def _product(equation, x, y):
 
 
 class _Plan:
-    """Segment ids of all rows, and what follows from them for a block.
+    """Blocks of the tokens of all rows, from their segment ids `[B, N]`, each with those of the others `[B, M]` that it
+    is to meet: queries with keys, or keys with queries.
 
-    q_ids `[B, N]`, kv_ids `[B, M]` int, key_bias `[B, M]` or None. A block that would reach over the end of T (or U)
-    begins earlier, and does nothing for what comes before its first query (or key).
+    A block that would reach over the end of B * N (or B * M) begins earlier, and does nothing for what comes before its
+    first token.
     """
 
-    def __init__(self, q_ids, kv_ids, key_bias, sides=(1, 1)):
-        (B, self.N), (_, self.M) = q_ids.shape, kv_ids.shape
-        self.total, self.total_kv = B * self.N, B * self.M
-        self.block_q, self.block_kv = min(sides[0] * BLOCK_Q, self.N), min(sides[1] * BLOCK_KV, self.M)
-        self.q_ids = jnp.pad(q_ids.reshape(-1).astype(jnp.int32), (0, 1))
-        self.kv_ids = kv_ids.reshape(-1).astype(jnp.int32)
-        self.bias = None if key_bias is None else key_bias.reshape(-1)
+    def __init__(self, ids, other_ids):
+        (B, self.N), (_, self.M) = ids.shape, other_ids.shape
+        self.total, self.other_total = B * self.N, B * self.M
+        self.size, self.other_size = min(BLOCK, self.N), min(BLOCK, self.M)
+        self.ids = jnp.pad(ids.reshape(-1).astype(jnp.int32), (0, 1))
+        self.other_ids = other_ids.reshape(-1).astype(jnp.int32)
 
-    def queries(self, start):
-        """The block of queries from `start` on: (its size, where its slices begin, place of each in the block, negative
-        before `start`, ids `[block_q]`, first key, last key + 1).
+    def block(self, start):
+        """The block from token `start` on: (how many tokens are done then, where its slices begin, whether each of them
+        is from `start` on `[size, 1]`, ids `[size, 1]`, first of the others, last + 1).
 
-        It ends with the last segment that ends within `block_q`, or with the row, and where nothing does, when full.
+        It ends with the last segment that ends within `size`, or with the row, and where nothing does, when full.
         """
-        row, at = start // self.N, jnp.minimum(start, self.total - self.block_q)
-        place = at - start + jnp.arange(self.block_q)
+        row, at = start // self.N, jnp.minimum(start, self.total - self.size)
+        place = at - start + jnp.arange(self.size)
         left = (row + 1) * self.N - start
-        ids = jax.lax.dynamic_slice_in_dim(self.q_ids, at, self.block_q + 1)
+        ids = jax.lax.dynamic_slice_in_dim(self.ids, at, self.size + 1)
         ends = ((ids[1:] != ids[:-1]) | (place + 1 == left)) & (place >= 0) & (place < left)
         size = jnp.max(jnp.where(ends, place + 1, 0))
-        size = jnp.where(size == 0, self.block_q, size)
-        ids = jnp.where((place >= 0) & (place < size) & (ids[:-1] != 0), ids[:-1], -1)  # -1 sees nothing
-        keys, order = jax.lax.dynamic_slice_in_dim(self.kv_ids, row * self.M, self.M), jnp.arange(self.M)
+        size = jnp.where(size == 0, self.size, size)
+        ids = jnp.where((place >= 0) & (place < size) & (ids[:-1] != 0), ids[:-1], -1)  # -1 meets nothing
+        others, order = jax.lax.dynamic_slice_in_dim(self.other_ids, row * self.M, self.M), jnp.arange(self.M)
         lowest = jnp.min(jnp.where(ids > 0, ids, jnp.iinfo(jnp.int32).max))
-        near = (keys >= lowest) & (keys <= jnp.max(ids)) & (keys != 0)
+        near = (others >= lowest) & (others <= jnp.max(ids)) & (others != 0)
         first, stop = jnp.min(jnp.where(near, order, self.M)), jnp.max(jnp.where(near, order + 1, 0))
-        return size, at, place, ids, row * self.M + first, row * self.M + stop
+        return size, at, place[:, None] >= 0, ids[:, None], row * self.M + first, row * self.M + stop
 
-    def keys(self, start):
-        """Where the slices of the block of keys from `start` on begin."""
-        return jnp.minimum(start, self.total_kv - self.block_kv)
+    def others(self, start, stop):
+        """Block of the others from `start` on: where its slices begin, and ids `[1, other_size]`, 0 outside of it."""
+        at = jnp.minimum(start, self.other_total - self.other_size)
+        ids, place = jax.lax.dynamic_slice_in_dim(self.other_ids, at, self.other_size), at + jnp.arange(self.other_size)
+        return at, jnp.where((place >= start) & (place < stop), ids, 0)[None]
 
-    def logits(self, q, k, ids, start, stop):
-        """Logits and mask `[block_q, block_kv]` of a block of queries and the block of keys from `start` on."""
-        at = self.keys(start)
-        keys, place = jax.lax.dynamic_slice_in_dim(self.kv_ids, at, self.block_kv), at + jnp.arange(self.block_kv)
-        keys = jnp.where((place >= start) & (place < stop), keys, 0)
-        logits = _product("qa,ka->qk", q, k)
-        if self.bias is not None:
-            logits = logits + jax.lax.dynamic_slice_in_dim(self.bias, at, self.block_kv)
-        return logits, ids[:, None] == keys
+    def meet(self, first, stop, step, carry):
+        """carry = step(start, carry) for all blocks of the others from `first` to `stop`."""
 
-    def each(self, num_heads, block, arrays):
-        """arrays = block(head, start, arrays), which also gives the block's size, over all blocks of all heads."""
+        def body(carry):
+            start, *carry = carry
+            return start + self.other_size, *step(start, carry)
 
-        def step(carry):
+        return jax.lax.while_loop(lambda carry: carry[0] < stop, body, (first, *carry))[1:]
+
+    def each(self, num_heads, step, arrays):
+        """arrays = step(head, block, arrays) over all blocks of all heads; `block` without its size."""
+
+        def body(carry):
             head, start, *arrays = carry
-            size, arrays = block(head, start, arrays)
+            size, *block = self.block(start)
             done = start + size >= self.total
-            return head + done, jnp.where(done, 0, start + size), *arrays
+            return head + done, jnp.where(done, 0, start + size), *step(head, block, arrays)
 
-        return jax.lax.while_loop(lambda carry: carry[0] < num_heads, step, (0, 0, *arrays))[2:]
+        return jax.lax.while_loop(lambda carry: carry[0] < num_heads, body, (0, 0, *arrays))[2:]
 
 
 def forward(q, k, v, q_ids, kv_ids, key_bias, *, scale):
     """Output `[B, N, K, A]` in the dtype of v, and log-sum-exp of the logits `[B, K, N]`; see `sorax.attention`."""
-    run = functools.partial(_forward, scale=scale)
-    if q_ids.shape[1] < LONG * BLOCK_Q:
-        return run(q, k, v, q_ids, kv_ids, key_bias)
-    segments = jnp.sum(jnp.diff(q_ids, axis=1, prepend=0) > 0)
-    long = jnp.sum(q_ids != 0) >= LONG * BLOCK_Q * segments
-    sides = 2, 2 if k.shape[1] >= q.shape[1] else 1  # captions are short
-    return jax.lax.cond(long, functools.partial(run, sides=sides), run, q, k, v, q_ids, kv_ids, key_bias)
+    (B, N, K, A), M, dtype = q.shape, k.shape[1], v.dtype
+    plan = _Plan(q_ids, kv_ids)
+    bq, bk = plan.size, plan.other_size
+    q, k, v = map(_flat, (q, k, v))
+    bias = None if key_bias is None else key_bias.reshape(-1)
+    lanes = jax.eval_shape(functools.partial(_halve, jnp.add), jax.ShapeDtypeStruct((bq, bk), jnp.float32)).shape
 
-
-def _forward(q, k, v, q_ids, kv_ids, key_bias, *, scale, sides=(1, 1)):
-    (B, N, K, A), dtype = q.shape, v.dtype
-    plan = _Plan(q_ids, kv_ids, key_bias, sides)
-    bq, bk = plan.block_q, plan.block_kv
-    q = q.reshape(-1, K, A)
-    k, v = (einops.rearrange(x, "b n k a -> k (b n) a") for x in (k, v))
-
-    def block(head, start, arrays):
+    def queries_of(head, block, arrays):
         out, lse = arrays
-        size, at_q, place, ids, first, stop = plan.queries(start)
-        queries = _take(q, head, at_q, bq) * scale
+        at_q, ours, ids, first, stop = block
+        here, there = head * (B * N) + at_q, head * (B * M)
+        queries = _take(q, here, (bq, A)) * scale
 
-        def step(carry):
-            start, peak, total, acc = carry
-            at = plan.keys(start)
-            logits, mask = plan.logits(queries, _take_kv(k, head, at, bk), ids, start, stop)
-            logits = jnp.where(mask, logits, MASKED)
+        def step(start, carry):
+            peak, total, acc = carry
+            at, key_ids = plan.others(start, stop)
+            logits = _product("qa,ka->qk", queries, _take(k, there + at, (bk, A)))
+            if bias is not None:
+                logits = logits + jax.lax.dynamic_slice_in_dim(bias, at, bk)
+            logits = jnp.where(ids == key_ids, logits, MASKED)
             higher = jnp.maximum(peak, _fold(jnp.maximum, logits))
             weights, shrink = jnp.exp(logits - higher), jnp.exp(peak - higher)
-            acc = acc * shrink + _product("qk,ka->qa", weights.astype(dtype), _take_kv(v, head, at, bk))
-            return start + bk, higher, total * shrink + _fold(jnp.add, weights), acc
+            more = _product("qk,ka->qa", weights.astype(dtype), _take(v, there + at, (bk, A)))
+            # Always true: without it XLA gives the rest to the kernels of products, which are slower at it.
+            more = jnp.where(start < stop, more, 0.0)
+            return higher, total * shrink + _halve(jnp.add, weights), acc * shrink + more
 
-        empty = jnp.full((bq, 1), FLOOR), jnp.zeros((bq, 1)), jnp.zeros((bq, A))
-        _, peak, total, acc = jax.lax.while_loop(lambda carry: carry[0] < stop, step, (first, *empty))
+        empty = jnp.full((bq, 1), FLOOR), jnp.zeros(lanes), jnp.zeros((bq, A))
+        peak, total, acc = plan.meet(first, stop, step, empty)
+        total = jnp.sum(total, axis=1, keepdims=True)
         safe = jnp.where(total == 0, 1.0, total)
         value = jnp.where(total == 0, -MASKED, peak + jnp.log(safe))  # of a query that sees nothing: exp(x - it) = 0
         # What a block writes behind its own end, the next one writes over; what is before its start, stays.
-        ours = place[:, None] >= 0
-        acc = jnp.where(ours, (acc / safe).astype(dtype), _take(out, head, at_q, bq))
-        value = jnp.where(ours, value, jax.lax.dynamic_slice(lse, (head, at_q), (1, bq)).T)
-        return size, (_put(out, acc, head, at_q), jax.lax.dynamic_update_slice(lse, value.T, (head, at_q)))
+        acc = jnp.where(ours, (acc / safe).astype(dtype), _take(out, here, (bq, A)))
+        value = jnp.where(ours, value, _take(lse, here, (bq, 1)))
+        return _put(out, acc, here), _put(lse, value, here)
 
-    out, lse = plan.each(K, block, (jnp.zeros(q.shape, dtype), jnp.zeros((K, B * N))))
-    return out.reshape(B, N, K, A), einops.rearrange(lse, "k (b n) -> b k n", b=B)
+    out, lse = plan.each(K, queries_of, (jnp.zeros(q.shape, dtype), jnp.zeros(K * B * N)))
+    out = einops.rearrange(out, "(k b n a) -> b n k a", k=K, b=B, a=A)
+    return out, einops.rearrange(lse, "(k b n) -> b k n", k=K, b=B)
 
 
 def backward(q, k, v, q_ids, kv_ids, key_bias, out, lse, grad, *, scale):
     """Gradients for q, k, v and key_bias (None without one) from that of the output, `grad` `[B, N, K, A]`."""
     (B, N, K, A), M = q.shape, k.shape[1]
-    plan = _Plan(q_ids, kv_ids, key_bias)
-    bq, bk = plan.block_q, plan.block_kv
-    lse = einops.rearrange(lse, "b k n -> k (b n)")
-    dtypes = q.dtype, k.dtype, v.dtype
-    q, out, grad = (x.reshape(-1, K, A) for x in (q, out, grad.astype(v.dtype)))
-    k, v = (einops.rearrange(x, "b n k a -> k (b n) a") for x in (k, v))
+    plan = _Plan(kv_ids, q_ids)
+    bk, bq = plan.size, plan.other_size
+    dtypes, grad = (q.dtype, k.dtype, v.dtype), grad.astype(v.dtype)
+    # ds = p * (dp - delta), delta = sum of p * dp over the keys = out . grad
+    delta = _fold(jnp.add, (out.astype(jnp.float32) * grad.astype(jnp.float32)).reshape(-1, A))
+    delta = einops.rearrange(delta, "(b n k) 1 -> (k b n)", b=B, k=K)
+    lse = einops.rearrange(lse, "b k n -> (k b n)")
+    q, k, v, grad = map(_flat, (q, k, v, grad))
 
-    def block(head, start, arrays):
-        dq, *others = arrays
-        size, at_q, place, ids, first, stop = plan.queries(start)
-        queries, grads = _take(q, head, at_q, bq) * scale, _take(grad, head, at_q, bq)
-        # ds = p * (dp - delta), delta = sum of p * dp over the keys = out . grad
-        delta = _fold(jnp.add, _take(out, head, at_q, bq).astype(jnp.float32) * grads.astype(jnp.float32))
-        lses = jax.lax.dynamic_slice(lse, (head, at_q), (1, bq)).T
+    def keys_of(head, block, arrays):
+        dq, dk, dv, *dbias = arrays
+        at_k, ours, ids, first, stop = block
+        here, there = head * (B * M) + at_k, head * (B * N)
+        keys, values = _take(k, here, (bk, A)) * scale, _take(v, here, (bk, A))
+        bias = 0.0 if key_bias is None else _take(key_bias.reshape(-1), at_k, (bk, 1))
+        transposed = keys.T
 
-        def step(carry):
-            start, acc, dk, dv, *dbias = carry
-            at = plan.keys(start)
-            keys, values = _take_kv(k, head, at, bk), _take_kv(v, head, at, bk)
-            logits, mask = plan.logits(queries, keys, ids, start, stop)
-            p = jnp.where(mask, jnp.exp(logits - lses), 0.0)
-            ds = p * (_product("qa,ka->qk", grads, values) - delta)
-            dv = _put_kv(dv, _take_kv(dv, head, at, bk) + _product("qk,qa->ka", p.astype(v.dtype), grads), head, at)
-            if dbias:
-                total = jax.lax.dynamic_slice_in_dim(dbias[0], at, bk) + jnp.sum(ds, axis=0)
-                dbias = [jax.lax.dynamic_update_slice_in_dim(dbias[0], total, at, 0)]
-            ds = ds.astype(q.dtype)
-            dk = _put_kv(dk, _take_kv(dk, head, at, bk) + _product("qk,qa->ka", ds, queries), head, at)
-            return start + bk, acc + _product("qk,ka->qa", ds, keys), dk, dv, *dbias
+        def step(start, carry):
+            dq, dk, dv, *dbias = carry
+            at, q_ids = plan.others(start, stop)
+            queries, grads = (_take(x, there + at, (bq, A)) for x in (q, grad))
+            lses, deltas = (_take(x, there + at, (bq, 1)).T for x in (lse, delta))
+            mask = ids == q_ids
+            # Both masks also keep XLA from giving what follows to the kernels of products, which are slower at it.
+            logits = jnp.where(mask, _product("ka,qa->kq", keys, queries) + bias, MASKED)
+            p = jnp.exp(logits - lses)
+            ds = p * (jnp.where(mask, _product("ka,qa->kq", values, grads), 0.0) - deltas)
+            dbias = [total + _fold(jnp.add, ds) for total in dbias]
+            ds = ds.astype(queries.dtype)
+            dv = dv + _product("kq,qa->ka", p.astype(grads.dtype), grads)
+            dk = dk + _product("kq,qa->ka", ds, queries)
+            more = jax.lax.dynamic_slice(dq, (head, 0, at), (1, A, bq)) + _product("ak,kq->aq", transposed, ds)[None]
+            return jax.lax.dynamic_update_slice(dq, more, (head, 0, at)), dk, dv, *dbias
 
-        carry = (first, jnp.zeros((bq, A)), *others)
-        _, acc, *others = jax.lax.while_loop(lambda carry: carry[0] < stop, step, carry)
-        acc = jnp.where(place[:, None] >= 0, acc * scale, _take(dq, head, at_q, bq))
-        return size, (_put(dq, acc, head, at_q), *others)
+        empty = jnp.zeros((bk, A)), jnp.zeros((bk, A)), *[jnp.zeros((bk, 1)) for _ in dbias]
+        dq, more_k, more_v, *more = plan.meet(first, stop, step, (dq, *empty))
+        dk, dv = (
+            _put(x, jnp.where(ours, new, _take(x, here, (bk, A))), here)
+            for x, new in ((dk, more_k * scale), (dv, more_v))
+        )
+        dbias = [_put(x, jnp.where(ours, new, 0.0) + _take(x, at_k, (bk, 1)), at_k) for x, new in zip(dbias, more)]
+        return dq, dk, dv, *dbias
 
-    arrays = [jnp.zeros(x.shape) for x in (q, k, v)]
+    arrays = [jnp.zeros((K, A, B * N)), jnp.zeros(k.shape), jnp.zeros(v.shape)]
     arrays += [] if key_bias is None else [jnp.zeros(B * M)]
-    dq, dk, dv, *dbias = plan.each(K, block, arrays)
-    dq = dq.reshape(B, N, K, A)
-    dk, dv = (einops.rearrange(x, "k (b n) a -> b n k a", b=B) for x in (dk, dv))
+    dq, dk, dv, *dbias = plan.each(K, keys_of, arrays)
+    dq = einops.rearrange(dq, "k a (b n) -> b n k a", b=B)
+    dk, dv = (einops.rearrange(x, "(k b n a) -> b n k a", k=K, b=B, a=A) for x in (dk, dv))
     dq, dk, dv = (x.astype(dtype) for x, dtype in zip((dq, dk, dv), dtypes))
     return dq, dk, dv, dbias[0].reshape(B, M).astype(key_bias.dtype) if dbias else None

@@ -30,8 +30,7 @@ TOLERANCE = 1e-5
 def small_blocks():
     """Blocks so small that a row has many. Nothing else has these shapes, so nothing else is compiled with them."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(attention_cpu, "BLOCK_Q", 32)
-    patch.setattr(attention_cpu, "BLOCK_KV", 64)
+    patch.setattr(attention_cpu, "BLOCK", 32)
     patch.setattr(attention_tpu, "BLOCK", 128)
     patch.setattr(attention_gpu, "BLOCK", 32)
     yield

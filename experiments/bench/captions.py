@@ -9,8 +9,8 @@ docstring has both commands. `original` are the captions that the clips came wit
 on the CPU time of --steps steps of `original`: long captions take more time a step, and get fewer steps.
 
 Prompts are the short and the detailed captions of clips that nobody trains on, and the short ones expanded. Asked of
-all, `said`: colour, shape, count, direction, motion, as short captions say them. Asked of longer prompts, `all`: size
-and speed too. Each is also scored by itself. The same noise everywhere; intervals are bootstraps over prompts, of all
+all, `said`: colour, shape, count, direction, motion, as short captions say them. Of detailed ones also `all`: size and
+speed too. Each is also scored by itself. The same noise everywhere; intervals are bootstraps over prompts, of all
 seeds together, beside each seed's mean. Every result is a line of OUT/results.jsonl, done once.
 """
 
@@ -77,9 +77,10 @@ def score(folder, world, asked) -> dict:
     for kind, texts in asked.items():
         requests = [Request(text, *world.config.shapes[0], seed=i) for i, text in enumerate(texts)]
         videos = generator.videos(requests, **how)
-        spoken = [name for name in DETAILED if name != "relation" and (kind != "short" or name in SHORT)]
+        # What expanded prompts say beyond the short ones is their own: no clip's truth has it.
+        spoken = [name for name in DETAILED if name != "relation" and (kind == "detailed" or name in SHORT)]
         judged = [judge(video, truth, asked=spoken) for video, truth in zip(videos, truths)]
-        sets = {name: (name,) for name in spoken} | dict(said=SHORT) | (dict(all=spoken) if kind != "short" else {})
+        sets = {name: (name,) for name in spoken} | dict(said=SHORT) | (dict(all=spoken) if kind == "detailed" else {})
         for what, names in sets.items():
             found[f"{what}_{kind}"] = [int(all(j[name] is not False for name in names)) for j in judged]
     return found
