@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sorax.attention import MASKED, attention
-from sorax.dit import Attention, apply_rope, gelu, linear, rms_norm, rope_angles, run_layers
+from sorax.dit import Attention, apply_rope, gelu, linear, rms_norm, rope_factors, rope_of, run_layers
 from sorax.text import PAD_ID
 
 READS = ("pixels", "latents", "text")
@@ -185,7 +185,7 @@ class Captioner(nnx.Module):
             x = self.embedding[...][tokens[..., 0].astype(jnp.int32)]
         else:
             x = self.patch_embed(constrain(tokens))
-        rope = tuple(constrain(angles) for angles in rope_angles(positions, self.config))
+        rope = tuple(constrain(factors) for factors in rope_factors(positions, self.config))
         row = dict(segment_ids=segment_ids, rope=rope, attend=attend, constrain=constrain)
         x = _run(self.encoder, constrain(x), row, remat, unroll)
         return rms_norm(x, self.norm_memory[...], self.config.eps)
@@ -212,17 +212,16 @@ class Captioner(nnx.Module):
         order = jnp.arange(text_tokens.shape[1])
         row = dict(
             memory=text(memory), segment_ids=segment_ids, text_segment_ids=text_segment_ids, attend_text=attend_text,
-            constrain=constrain, text_rope=tuple(text(angles) for angles in self._text_rope(places)),
+            constrain=constrain, text_rope=tuple(text(factors) for factors in self._text_rope(places)),
             causal=jnp.where(order[:, None] >= order, 0.0, MASKED),
         )  # fmt: skip
         return self._logits(_run(self.decoder, text(x), row, remat, unroll))
 
     def _text_rope(self, places):
-        """Cosine and sine `[B, M, A / 2]` of the places `[B, M]` of tokens in their captions."""
+        """Factors of `apply_rope` `[B, M, A]` for the places `[B, M]` of tokens in their captions."""
         half = self.config.head_dim // 2
         freqs = self.config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-        angles = places[..., None].astype(jnp.float32) * freqs
-        return jnp.cos(angles), jnp.sin(angles)
+        return rope_of(places[..., None].astype(jnp.float32) * freqs)
 
     def _logits(self, x):
         return self.head(rms_norm(x, self.norm_out[...], self.config.eps)).astype(jnp.float32)
