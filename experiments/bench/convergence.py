@@ -105,8 +105,9 @@ def table(results, options):
                 continue
             loss = [r["val_loss"] for r in rows.values()]
             pairs = [rows[s]["val_loss"] / reference[s]["val_loss"] - 1 for s in rows if s in reference]
-            shown = [f"{key} {np.mean([r[key] for r in rows.values()]):.2f}"
-                     for key in next(iter(rows.values())) if key.startswith("joint")]  # fmt: skip
+            scored = [r for r in rows.values() if "joint_test" in r]
+            shown = [f"{key} {np.mean([r[key] for r in scored]):.2f} ({len(scored)} seeds)"
+                     for key in (scored[0] if scored else ()) if key.startswith("joint")]  # fmt: skip
             print(f"{group:10} {name:16} steps {next(iter(rows.values()))['steps']:5}  val_loss {np.mean(loss):.4f} "
                   f"+- {np.std(loss):.4f} ({len(loss)} seeds)  against {base}: {100 * np.mean(pairs):+.1f} % "
                   f"[{100 * np.min(pairs):+.1f}, {100 * np.max(pairs):+.1f}]  {' '.join(shown)}")  # fmt: skip
