@@ -44,7 +44,8 @@ def dit_program(N, M, S):
 def test_the_dit_is_counted_as_its_program_does_it():
     N, M, S = 50, 9, 2
     level_table = 2 * N * S * DIT.width * (6 * DIT.num_layers + 2)  # a look-up, by a product
-    assert dit_program(N, M, S) == flops.dit_forward(DIT, [N], [M], levels=S) + level_table
+    rope_table = 2 * 2 * N * (DIT.head_dim // 2) * DIT.head_dim  # cosines and sines are spread by a product each
+    assert dit_program(N, M, S) == flops.dit_forward(DIT, [N], [M], levels=S) + level_table + rope_table
 
 
 def test_the_dit_by_hand():
