@@ -11,8 +11,6 @@ product then contracts over the first axis of both its operands, which takes twi
 Legend: B rows, N query tokens, M key tokens, K heads, A head dim.
 """
 
-import functools
-
 import einops
 import jax
 import jax.numpy as jnp
@@ -119,7 +117,8 @@ def forward(q, k, v, q_ids, kv_ids, key_bias, *, scale):
     bq, bk = plan.size, plan.other_size
     q, k, v = map(_flat, (q, k, v))
     bias = None if key_bias is None else key_bias.reshape(-1)
-    lanes = jax.eval_shape(functools.partial(_halve, jnp.add), jax.ShapeDtypeStruct((bq, bk), jnp.float32)).shape
+    # Sums are kept as partial ones until a block is done: adding up the last 16 takes as long as all before.
+    empty = jnp.full((bq, 1), FLOOR), _halve(jnp.add, jnp.zeros((bq, bk))), jnp.zeros((bq, A))
 
     def queries_of(head, block, arrays):
         out, lse = arrays
@@ -141,7 +140,6 @@ def forward(q, k, v, q_ids, kv_ids, key_bias, *, scale):
             more = jnp.where(start < stop, more, 0.0)
             return higher, total * shrink + _halve(jnp.add, weights), acc * shrink + more
 
-        empty = jnp.full((bq, 1), FLOOR), jnp.zeros(lanes), jnp.zeros((bq, A))
         peak, total, acc = plan.meet(first, stop, step, empty)
         total = jnp.sum(total, axis=1, keepdims=True)
         safe = jnp.where(total == 0, 1.0, total)
