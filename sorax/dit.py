@@ -84,7 +84,6 @@ def rms_norm(x, scale, eps):
     return (y * scale).astype(x.dtype)
 
 
-@jax.checkpoint  # its input is kept for the gradient, no sigmoid beside it
 def gelu(x):
     """GELU's tanh approximation (Hendrycks and Gimpel 2016), by the sigmoid that it equals: cheaper on a CPU."""
     return x * jax.nn.sigmoid(1.5957691216057308 * (x + 0.044715 * x**3))  # 2 * sqrt(2 / pi)
