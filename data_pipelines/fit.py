@@ -1,6 +1,6 @@
 """How a video is brought within the limits of training: rate, length, size on the patch grid, token budget.
 
-Pure functions of numbers: nothing here opens a file. Shapes: T frames, H height, W width; T = stride * n + 1.
+Pure functions of numbers: nothing here opens a file. Shapes: T frames, H height, W width.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ class Fit:
     """The limits that samples are brought within.
 
     max_tokens: budget of a sample, in tokens (see `tokens`). spatial_multiple: pixels that height and width are
-    multiples of (VAE stride x patch). temporal_stride: video frames a latent frame; lengths are stride * n + 1.
+    multiples of (VAE stride x patch). temporal_stride: video frames a latent frame; lengths are stride * n + 1, as of a
+    VAE whose first latent frame is one frame alone. any_length: all lengths will do, as for patches of pixels, of which
+    the last one is filled up.
     fps: rate that videos are resampled to, in frames per second; None (or 0) keeps each one's own.
     max_frames: longest clip; a longer video gives its beginning. min_frames: shortest clip; 1 lets images in.
     oversize: what is done to a sample over max_tokens: "scale" shrinks its picture, "trim" keeps its size and cuts it
@@ -44,6 +46,7 @@ class Fit:
     max_frames: int = 81
     min_frames: int = 1
     oversize: str = "scale"
+    any_length: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "fps", self.fps or None)
@@ -57,7 +60,11 @@ class Fit:
         if self.oversize not in OVERSIZE:
             raise UserError(f"data.oversize is {self.oversize!r}: choose of {', '.join(OVERSIZE)}")
         # From here on the longest clip that the grid allows.
-        object.__setattr__(self, "max_frames", legal_frames(self.max_frames, self.temporal_stride))
+        object.__setattr__(self, "max_frames", self.legal_frames(self.max_frames))
+
+    def legal_frames(self, num_frames: int) -> int:
+        """The longest legal length that is at most num_frames (which is at least 1)."""
+        return num_frames if self.any_length else legal_frames(num_frames, self.temporal_stride)
 
 
 class Fitted(NamedTuple):
@@ -79,7 +86,7 @@ def tokens(spec, spatial_multiple: int = 16, temporal_stride: int = 4) -> int:
 
     spec is anything with num_frames, height and width.
     """
-    latent_frames = (spec.num_frames - 1) // temporal_stride + 1
+    latent_frames = (spec.num_frames - 1) // temporal_stride + 1  # also where only the last one is not full
     return latent_frames * (spec.height // spatial_multiple) * (spec.width // spatial_multiple)
 
 
@@ -130,7 +137,7 @@ def fit_sample(info, fit: Fit) -> Fitted:
     """
     fps = fit.fps or info.fps
     available = 1 if info.is_image else frames_at(info.span, fps)
-    num_frames = legal_frames(min(available, fit.max_frames), fit.temporal_stride)
+    num_frames = fit.legal_frames(min(available, fit.max_frames))
     _check_length(num_frames, fps, fit)
     shape = f"{info.width}x{info.height}"
     rows, columns = info.height // fit.spatial_multiple, info.width // fit.spatial_multiple
@@ -148,7 +155,7 @@ def fit_sample(info, fit: Fit) -> Fitted:
         if not latent_frames:
             raise Unfit(f"over budget: one frame of {shape} is {rows * columns} tokens, over data.max_tokens "
                         f"{fit.max_tokens}")  # fmt: skip
-        num_frames = (latent_frames - 1) * fit.temporal_stride + 1
+        num_frames = fit.legal_frames(min(latent_frames * fit.temporal_stride, num_frames))
         _check_length(num_frames, fps, fit)
     if over and fit.oversize == "scale":
         size = fit_size(info.height, info.width, fit.max_tokens // latent_frames, fit.spatial_multiple)
@@ -162,7 +169,7 @@ def fit_sample(info, fit: Fit) -> Fitted:
         if abs(fps - info.fps) > 1e-3 * info.fps:
             changes.append("retimed")
         whole = max(available, frames_at(max(info.duration - 1 / info.fps, 0.0), fps))
-        if num_frames < legal_frames(whole, fit.temporal_stride):
+        if num_frames < fit.legal_frames(whole):
             changes.append("trimmed")
         elif num_frames < whole and "cropped to grid" not in changes:
             changes.append("cropped to grid")

@@ -137,8 +137,7 @@ def _totals(index, video, arrays, num_rejected):
 
 def _settings(settings, ranks):
     values = dict(origin=settings.origin, **{f"data.{k}": v for k, v in dataclasses.asdict(settings.fit).items()})
-    values["grid.spatial_multiple"] = values.pop("data.spatial_multiple")
-    values["grid.temporal_stride"] = values.pop("data.temporal_stride")
+    values |= {f"grid.{k}": values.pop(f"data.{k}") for k in ("spatial_multiple", "temporal_stride", "any_length")}
     values["data.batch"] = settings.batch
     if settings.rows:
         values |= {f"data.{k}": getattr(settings, k) for k in ("row_tokens", "row_text", "max_segments")}

@@ -23,7 +23,7 @@ MOTIONS = ("still", "straight", "fall", "throw", "resize")
 
 def get_world():
     return ConfigDict(
-        dict(num_samples=40_000, shapes=((9, 32, 32),), fps=8.0, extent=6.0, num_objects=(1, 2), motions=MOTIONS,
+        dict(num_samples=80_000, shapes=((9, 32, 32),), fps=8.0, extent=6.0, num_objects=(1, 2), motions=MOTIONS,
              backgrounds=("plain", "two-tone"))
     )  # fmt: skip
 
@@ -36,13 +36,13 @@ def get_config():
         encoder_layers=4, decoder_layers=3, num_heads=4, head_dim=32, ffn_dim=384,
     )  # fmt: skip
     config.data = dict(
-        path="world", world=get_world(), batch=32, row_tokens=128, row_text=96, max_segments=2, val_samples=128,
+        path="world", world=get_world(), batch=32, row_tokens=128, row_text=80, max_segments=2, val_samples=128,
         stages=(dict(steps=300, caption_mix="short:1", row_text=40),), caption_mix="detailed:0.9,short:0.1",
     )  # fmt: skip
     config.optim = dict(optimizer="muon", lr=2e-2, vector_lr=1e-2, warmup_steps=50, final_lr=0.02, b2=0.99,
                         ema_decay=0.995)  # fmt: skip
-    config.train = dict(steps=2000, seed=0, log_every=50, unroll=True)
+    config.train = dict(steps=2300, seed=0, log_every=50, unroll=True)
     config.checkpoint = dict(every=500, keep=1)
     config.mesh = dict(data=-1, fsdp=1, context=1, tensor=1)
-    config.eval = dict(every=500, num_videos=4, num_prompts=64)
+    config.eval = dict(every=1000, num_videos=4, num_prompts=64)
     return config

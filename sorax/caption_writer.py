@@ -104,6 +104,11 @@ class CaptionWriter:
         return self.codec.encode(videos)
 
 
+def pixel_grid(patch_size) -> dict:
+    """As `CaptionRun.grid`, of videos read as patches of pixels: of any length, the last patches are filled up."""
+    return dict(spatial_multiple=max(patch_size[1:]), temporal_stride=patch_size[0], any_length=True)
+
+
 def order(config: CaptionerConfig) -> str:
     """Order of the values of a patch, see `sorax.patchify`: pixels are cut fastest so."""
     return "out" if config.reads == "pixels" else "in"
@@ -147,7 +152,7 @@ class CaptionRun:
         """What videos must be multiples of, in the words of `open_source`."""
         patch_size, codec = self.writer.config.patch_size, self.writer.codec
         if codec is None:
-            return dict(spatial_multiple=max(patch_size[1:]), temporal_stride=patch_size[0])
+            return pixel_grid(patch_size)
         vae = codec.config
         return dict(spatial_multiple=vae.spatial_stride * patch_size[1], temporal_stride=vae.temporal_stride)
 

@@ -27,7 +27,7 @@ from sorax import config as config_lib
 from sorax import flops, functional, processes, read_weights, runlog, sharding
 from sorax.attention import attention
 from sorax.caption_scores import score_captions
-from sorax.caption_writer import CaptionWriter, as_inputs, load_captioner, order
+from sorax.caption_writer import CaptionWriter, as_inputs, load_captioner, order, pixel_grid
 from sorax.captioner import Captioner, CaptionerConfig
 from sorax.decoding import DecodingConfig
 from sorax.dit_data import First, held_out_source, prepare_data
@@ -192,8 +192,8 @@ def _prepare(config, data, model: CaptionerConfig, workdir: str) -> _Found:
     if is_shards(data.path):
         raise UserError(f"config.data.path is {data.path}, but config.model.reads is {model.reads!r}: set it to "
                         "latents, and config.vae.path to their VAE")  # fmt: skip
-    grid = dict(spatial_multiple=max(model.patch_size[1:]), temporal_stride=model.patch_size[0])
-    grid |= dict(index_cache=os.path.join(workdir, "index"), index_progress=runlog.reporter("index"))
+    index = dict(index_cache=os.path.join(workdir, "index"), index_progress=runlog.reporter("index"))
+    grid = pixel_grid(model.patch_size) | index
     with processes.first_before_others("captioner: data"):
         source, held_out = open_source(section, **grid), held_out_source(section, num_samples=data.val_samples, **grid)
         seen = survey(source)

@@ -96,13 +96,15 @@ def _endpoint(arguments, cache: str, temperature: float):
 @dataclasses.dataclass(frozen=True)
 class _Writer:
     """Who writes captions, of which kinds. captions: source -> what `recaption` takes. data, grid: how videos are read
-    for it (None: no run says). usage: what to tell of it at the end."""
+    for it (None: no run says). row_tokens: of the rows that a captioner was trained on, 0: unknown. usage: what to tell
+    of it at the end."""
 
     identity: dict
     kinds: tuple[str, ...]
     captions: Callable
     data: Any
     grid: dict
+    row_tokens: int
     usage: Callable[[], str]
 
 
@@ -118,7 +120,7 @@ def _writer(arguments, cache: str) -> _Writer:
         identity = dict(writer=writer.identity, frames=arguments.frames, side=arguments.side,
                         temperature=writer.endpoint.config.temperature)
         return _Writer(identity, (SHORT, DETAILED), functools.partial(recaption.by_endpoint, writer), None,
-                       dict(spatial_multiple=16, temporal_stride=1), writer.endpoint.usage.line)  # fmt: skip
+                       dict(spatial_multiple=16, temporal_stride=1), 0, writer.endpoint.usage.line)  # fmt: skip
     from sorax.caption_writer import load_captioner
     from sorax.config import build
     from sorax.decoding import DecodingConfig
@@ -128,7 +130,7 @@ def _writer(arguments, cache: str) -> _Writer:
     settings = build(DecodingConfig, flags, "decoding")
     identity = dict(writer=run.identity, decoding=dataclasses.asdict(settings))
     by = functools.partial(recaption.by_run, run, settings)
-    return _Writer(identity, run.writer.config.kinds, by, run.config.data, run.grid,
+    return _Writer(identity, run.writer.config.kinds, by, run.config.data, run.grid, int(run.config.data.row_tokens),
                    lambda: f"captions by {run.identity}")  # fmt: skip
 
 
@@ -156,7 +158,7 @@ def captioning(arguments, work: str):
 
 
 def caption_verb(arguments, overrides):
-    from sorax.runlog import Progress, reporter
+    from sorax.runlog import reporter
 
     shard = _shard(arguments.shard)
     work = os.path.join(arguments.out, ".captions")
@@ -170,12 +172,13 @@ def caption_verb(arguments, overrides):
                         f"{', '.join(writer.kinds)}")  # fmt: skip
     section = _section(arguments.data, writer.data, overrides)
     source = recaption.open_uncaptioned(section, os.path.join(work, "index"), reporter("index"), **writer.grid)
+    if writer.row_tokens:
+        _warn_of_long_ones(source, writer, arguments.workdir)
     try:
-        with Progress("caption", len(range(shard[0], len(source), shard[1])), unit="videos") as progress:
-            summary = recaption.recaption(
-                source, arguments.out, writer.captions(source), identity=writer.identity, section=section, shard=shard,
-                caption=arguments.caption, progress=lambda done, _: progress.advance(done),
-            )  # fmt: skip
+        summary = recaption.recaption(
+            source, arguments.out, writer.captions(source), identity=writer.identity, section=section, shard=shard,
+            caption=arguments.caption, progress=reporter("caption", "videos"),
+        )  # fmt: skip
     finally:
         print(writer.usage())
     if summary is None:
@@ -187,6 +190,18 @@ def caption_verb(arguments, overrides):
         print(f"  {key}: {reason}")
     path = arguments.out if os.path.isdir(arguments.data) else f"captions:{arguments.out}"
     print(f"train with --config.data.path={path} --config.data.caption_mix=detailed:0.95,original:0.05")
+
+
+def _warn_of_long_ones(source, writer, workdir):
+    from data_pipelines.fit import tokens
+
+    grid = [writer.grid[name] for name in ("spatial_multiple", "temporal_stride")]
+    counts = [tokens(source.spec(i), *grid) for i in range(len(source))]
+    beyond = [count for count in counts if count > writer.row_tokens]
+    if beyond:
+        print(f"warning: {len(beyond)} of {len(counts)} videos are of more tokens (up to {max(beyond)}) than a row of "
+              f"{workdir} held in training ({writer.row_tokens}): what is written of them is a guess; "
+              f"--data.max_tokens={writer.row_tokens} scales files down, --data.max_frames=N cuts them")  # fmt: skip
 
 
 def _shard(text):

@@ -199,13 +199,16 @@ def _scale_by(lr_factor):
 
 
 def muon_dimensions(params):
-    """Which axes of each matrix are inputs and outputs; a leading axis of stacked layers is neither. None: Adam."""
+    """Which axes of each matrix are inputs and outputs; a leading axis of stacked layers is neither. None: Adam.
+
+    A kernel has 2 axes, of a convolution 4 or 5: those of 3 are matrices `[L, n, m]`, wherever they are.
+    """
 
     def rule(path, p):
         path = path_string(path)
         if not re.search(MATRIX, path):
             return None
-        first = 1 if re.search(r"(^|/)blocks/(?!\d)", path) else 0  # blocks/0/... is a list, blocks/q/... is stacked
+        first = 1 if p.ndim == 3 else 0
         return optax.contrib.MuonDimensionNumbers(tuple(range(first, p.ndim - 1)), (p.ndim - 1,))
 
     return jax.tree_util.tree_map_with_path(rule, params)

@@ -134,6 +134,8 @@ def recaption(
     Args:
         source: see `open_uncaptioned`. section: the `data` section it was opened from, with its path absolute.
         captions: numbers of samples -> (number, {kind: caption} or an exception) as they are done.
+        progress: called with how many of this process's samples are done, those of former runs too, and how many there
+            are.
         identity: of who writes, in words; more entries than the source's own, which is added.
         shard: (k, n): this process does every n-th sample. caption: the kind that becomes a sample's own caption.
 
@@ -175,6 +177,7 @@ def _write(records, keys, mine, captions, progress):
     """Captions of the samples `mine` that are not done yet, into the records."""
     done, failures = records.read(), 0
     todo = [i for i in mine if "captions" not in done.get(keys[i], {})]
+    before = len(mine) - len(todo)
     try:
         for count, (i, found) in enumerate(captions(todo), 1):
             if isinstance(found, Exception):
@@ -190,7 +193,7 @@ def _write(records, keys, mine, captions, progress):
             else:
                 failures = 0
                 records.add(keys[i], captions=found)
-            progress(count, len(todo))
+            progress(before + count, len(mine))
     finally:
         records.close()
 

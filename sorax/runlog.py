@@ -190,7 +190,7 @@ def reporter(title: str, unit: str = "samples"):
 
     def report(done: int, total: int):
         if not bars:
-            bars.append(Progress(title, total, unit=unit).__enter__())
+            bars.append(Progress(title, total, max(done - 1, 0), unit).__enter__())  # what was done before took no time
             atexit.register(bars[0].__exit__)  # an interrupt must not leave the terminal without its cursor
         bars[0].advance(done)
         if done >= total:

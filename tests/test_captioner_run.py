@@ -7,8 +7,10 @@ import pathlib
 import numpy as np
 import pytest
 from test_train import assert_same_run, interrupt
+from video_files import numbered, write
 
 from data_pipelines.caption_kinds import CAPTION
+from data_pipelines.sources import open_source
 from data_pipelines.world import World, WorldConfig
 from sorax import cli, config
 from sorax.caption_scores import COLUMNS, SHORT, cells, judge_caption
@@ -89,6 +91,24 @@ def test_a_run_captions_a_data_set_and_its_silence_is_no_caption(captioner, tmp_
                         lambda self, videos, kind, *_, **__: [" " if kind == "short" else "x"] * len(videos))
     assert cli.main([*arguments[:-1], str(tmp_path / "silent")]) == 2
     assert "the captioner wrote nothing as 'short' caption" in capsys.readouterr().err
+
+
+def test_a_captioner_of_pixels_sees_videos_whole_and_says_which_are_longer_than_any_it_knows(
+    captioner, tmp_path, capsys
+):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for frames in (8, 30):
+        write(raw / f"{frames}.mp4", numbered(frames))
+    source = open_source(dict(path=str(raw), max_tokens=4096), **load_captioner(captioner).grid, index_cache=None)
+    assert sorted(source.spec(i).num_frames for i in range(2)) == [8, 30]
+    arguments = ["caption", "--data", str(raw), "--run", captioner, "--out"]
+    assert cli.main([*arguments, str(tmp_path / "out")]) == 0
+    spec = source.spec(1)
+    count = 10 * (spec.height // 32) * (spec.width // 32)
+    assert f"1 of 2 videos are of more tokens (up to {count}) than a row of" in capsys.readouterr().out
+    assert cli.main([*arguments, str(tmp_path / "cut"), "--data.max_frames=6"]) == 0
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_a_captioner_is_scored_against_the_truth(captioner, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.fit import CHANGES, OVERSIZE, Fit, Unfit, fit_sample, fit_size, frames_at, legal_frames, tokens
+from data_pipelines.fit import CHANGES, OVERSIZE, Fit, Unfit, fit_sample, fit_size, frames_at, tokens
 from data_pipelines.sources import SampleSpec
 from sorax.errors import UserError
 
@@ -30,6 +30,7 @@ fits = st.builds(
     Fit, max_tokens=st.integers(1, 5000), spatial_multiple=st.sampled_from([8, 16, 32]),
     temporal_stride=st.sampled_from([1, 2, 4]), fps=st.sampled_from([None, 8.0, 24.0]),
     max_frames=st.integers(9, 121), min_frames=st.integers(1, 9), oversize=st.sampled_from(OVERSIZE),
+    any_length=st.booleans(),
 )  # fmt: skip
 
 
@@ -49,7 +50,7 @@ def test_a_fitted_sample_keeps_every_limit(info, fit):
     assert 1 <= tokens(fitted, fit.spatial_multiple, fit.temporal_stride) <= fit.max_tokens
     assert fitted.height % fit.spatial_multiple == fitted.width % fit.spatial_multiple == 0
     assert 0 < fitted.height <= info.height and 0 < fitted.width <= info.width
-    assert fitted.num_frames % fit.temporal_stride == 1 % fit.temporal_stride
+    assert fit.any_length or fitted.num_frames % fit.temporal_stride == 1 % fit.temporal_stride
     assert fit.min_frames <= fitted.num_frames <= fit.max_frames
     assert fitted.fps == (fit.fps or info.fps)
     # The last frame that is asked for is there, to within a tenth of a frame.
@@ -68,7 +69,7 @@ def test_what_is_done_to_a_sample_is_named_and_nothing_else(info, fit):
     assert ("rescaled" in changes) == ((fitted.height, fitted.width) != native)
     assert ("retimed" in changes) == (abs(fitted.fps / info.fps - 1) > 1e-3)
     there = frames_at(info.span, fitted.fps)
-    assert ("trimmed" in changes) == (fitted.num_frames < legal_frames(there, fit.temporal_stride))
+    assert ("trimmed" in changes) == (fitted.num_frames < fit.legal_frames(there))
     if not changes:
         assert fitted[:3] == (there, info.height, info.width)
 
@@ -92,6 +93,15 @@ def test_trimming_keeps_the_size_and_uses_the_budget():
         fit_sample(video(81), Fit(59, oversize="trim"))
     with pytest.raises(Unfit, match="too short: 17 frames"):
         fit_sample(video(81), dataclasses.replace(fit, min_frames=21))
+
+
+def test_any_length_keeps_all_frames_and_counts_a_part_of_a_patch_as_one():
+    fit = Fit(10, spatial_multiple=96, temporal_stride=9, any_length=True, oversize="refuse", max_frames=200)
+    whole = fit_sample(video(80, width=96), fit)
+    assert whole.num_frames == 80 and not whole.changes and tokens(whole, 96, 9) == 9
+    assert fit_sample(video(100, width=96), dataclasses.replace(fit, oversize="trim")).num_frames == 90
+    with pytest.raises(Unfit, match="in 91 frames is 11 tokens"):
+        fit_sample(video(91, width=96), fit)
 
 
 def test_refusing_says_what_the_sample_would_cost():

@@ -1,5 +1,7 @@
 """Optimizers, schedules and clipping by config."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import optax
 import pytest
 from random_params import assert_close
 
+from sorax.captioner import Captioner, CaptionerConfig
 from sorax.dit import DiT, DiTConfig
 from sorax.functional import abstract
 from sorax.optim import (
@@ -108,7 +111,8 @@ def test_muon_knows_inputs_from_outputs_in_every_network():
     dit = abstract(DiT, DiTConfig(num_layers=3, num_heads=2, head_dim=6, ffn_dim=8, text_dim=4, freq_dim=4))[1]
     vae = abstract(VAE, VAEConfig(base_width=4, width_multipliers=(1, 2), temporal_downsample=(True,)))[1]
     text = abstract(TextEncoder, TextConfig(width=4, num_layers=2, num_heads=1, head_dim=4, ffn_dim=8))[1]
-    shapes = dict(dit=dit, vae=vae, text=text)
+    tiny = CaptionerConfig(encoder_layers=2, decoder_layers=3, num_heads=1, head_dim=6, ffn_dim=8)
+    shapes = dict(dit=dit, vae=vae, text=text, captioner=abstract(Captioner, tiny)[1])
     found = jax.tree_util.tree_leaves_with_path(
         muon_dimensions(shapes), is_leaf=lambda x: x is None or isinstance(x, optax.contrib.MuonDimensionNumbers)
     )
@@ -118,7 +122,7 @@ def test_muon_knows_inputs_from_outputs_in_every_network():
         if not path.endswith("kernel"):
             assert rule is None
             continue
-        batch = 1 if path.startswith("dit/blocks") else 0  # only the layers of the DiT are stacked
+        batch = 1 if re.match("dit/blocks|captioner/(encoder|decoder)", path) else 0  # layers that are stacked
         assert tuple(rule.reduction_axis) == tuple(range(batch, len(shape.shape) - 1)), path
         assert tuple(rule.output_axis) == (len(shape.shape) - 1,), path
 

@@ -96,7 +96,7 @@ class Page(html.parser.HTMLParser):
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_fitting_columns_equals_fitting_each_sample(data):
-    fit = Fit(max_tokens=data.draw(st.sampled_from((2, 12, 60))),
+    fit = Fit(max_tokens=data.draw(st.sampled_from((2, 12, 60))), any_length=data.draw(st.booleans()),
               fps=data.draw(st.sampled_from((None, 8.0, 24.0))),
               max_frames=data.draw(st.sampled_from((5, 9, 33))), min_frames=data.draw(st.sampled_from((1, 5))),
               oversize=data.draw(st.sampled_from(("scale", "trim", "refuse"))))  # fmt: skip
