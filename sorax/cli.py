@@ -17,6 +17,8 @@ def main(argv=None) -> int:
 
     One of several processes that fails does not return: it ends at once, so that the others end too.
     """
+    if argv is None:
+        backend.start_again_with_large_pages()
     backend.configure()
     if threading.current_thread() is threading.main_thread():
         # Schedulers end a job so: it stops as it does at Ctrl-C.

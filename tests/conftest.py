@@ -7,12 +7,16 @@ import signal
 
 import pytest
 
+from sorax.backend import knows_flags, large_pages
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of a test's time is XLA's; what several tests (or runs of the suite) compile alike is compiled once.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 # Programs that compile faster and run slower, to the same numbers; those of the processes that tests start, too.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# For pytest-xdist's processes and those that tests start: this one has begun without.
+os.environ.update(large_pages())
 # A suite that runs in the background of a shell ignores interrupts, and so would the programs that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -20,8 +24,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def xla_flags(devices):
     """XLA_FLAGS of a process with so many CPU devices. Loops compile in half the time without the newer emitters, whose
     flag only the releases are told that are known to have it."""
-    from sorax.backend import knows_flags
-
     return f"--xla_force_host_platform_device_count={devices}" + " --xla_cpu_use_fusion_emitters=false" * knows_flags()
 
 

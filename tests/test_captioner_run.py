@@ -10,7 +10,6 @@ from test_train import assert_same_run, interrupt
 from video_files import numbered, write
 
 from data_pipelines.caption_kinds import CAPTION
-from data_pipelines.sources import open_source
 from data_pipelines.world import World, WorldConfig
 from sorax import cli, config
 from sorax.caption_scores import COLUMNS, SHORT, cells, judge_caption
@@ -19,6 +18,7 @@ from sorax.captioner_objective import _stages
 from sorax.decoding import DecodingConfig
 from sorax.errors import UserError
 from sorax.objectives import DataConfig, complete
+from sorax.recaption import open_uncaptioned
 from sorax.train import train
 
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
@@ -100,7 +100,8 @@ def test_a_captioner_of_pixels_sees_videos_whole_and_says_which_are_longer_than_
     raw.mkdir()
     for frames in (8, 30):
         write(raw / f"{frames}.mp4", numbered(frames))
-    source = open_source(dict(path=str(raw), max_tokens=4096), **load_captioner(captioner).grid, index_cache=None)
+    grid = load_captioner(captioner).grid
+    source = open_uncaptioned(dict(path=str(raw), max_tokens=4096), str(tmp_path / "index"), **grid)
     assert sorted(source.spec(i).num_frames for i in range(2)) == [8, 30]
     arguments = ["caption", "--data", str(raw), "--run", captioner, "--out"]
     assert cli.main([*arguments, str(tmp_path / "out")]) == 0

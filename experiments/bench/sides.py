@@ -7,6 +7,8 @@ import time
 
 import numpy as np
 
+from sorax import backend
+
 
 def serve(tasks, prefix: str):
     """Main loop of a side's process: runs a task for each line of stdin and answers with its CPU seconds and seconds.
@@ -26,9 +28,10 @@ def serve(tasks, prefix: str):
 class Side:
     """A process that runs `serve`."""
 
-    def __init__(self, command: list[str], prefix: str):
+    def __init__(self, command: list[str], prefix: str, environment: dict):
         self.prefix = prefix
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                        env=os.environ | environment)  # fmt: skip
         while self._answer() != "ready":  # libraries greet on stdout
             pass
 
@@ -57,13 +60,16 @@ class Side:
 def start(module: str, names, folder: str, python: dict, arguments) -> dict[str, Side]:
     """A side for each name: `python -m MODULE --side NAME --prefix FOLDER/NAME ARGUMENTS`.
 
+    Each runs as it does by itself: ours begins as `sorax` does, with large pages of memory, theirs with the libraries'
+    own defaults. GLIBC_TUNABLES=glibc.malloc.hugetlb=1 or =0 in the environment holds for all of them.
+
     python: interpreter by name, for those that need another than this one.
     """
     sides = {}
     for name in names:
         prefix = os.path.join(folder, name)
         command = [python.get(name, sys.executable), "-m", module, "--side", name, "--prefix", prefix, *arguments]
-        sides[name] = Side(command, prefix)
+        sides[name] = Side(command, prefix, backend.large_pages() if name.startswith("ours") else {})
     return sides
 
 
