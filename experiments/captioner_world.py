@@ -41,8 +41,8 @@ def get_config():
     )  # fmt: skip
     config.optim = dict(optimizer="muon", lr=2e-2, vector_lr=1e-2, warmup_steps=50, final_lr=0.02, b2=0.99,
                         ema_decay=0.995)  # fmt: skip
-    config.train = dict(steps=2300, seed=0, log_every=50, unroll=True)
-    config.checkpoint = dict(every=500, keep=1)
+    config.train = dict(steps=2800, seed=0, log_every=50, unroll=True)
+    config.checkpoint = dict(every=700, keep=1)
     config.mesh = dict(data=-1, fsdp=1, context=1, tensor=1)
-    config.eval = dict(every=1000, num_videos=4, num_prompts=64)
+    config.eval = dict(every=1400, num_videos=4, num_prompts=64)
     return config

@@ -2,7 +2,8 @@
 
 An attribute is right where it is right of every object that it is told of; objects are paired by what they are, not by
 the order in which they are told. A caption that is not of the grammar is wrong in everything that it was asked for.
-Places and relations change their words at lines that nobody sees: a word is right where it is within half a pixel.
+Places and relations change their words at lines that nobody sees: a word is right where it is within half a pixel. Two
+events within half a frame of each other may be told in either order.
 """
 
 import itertools
@@ -52,7 +53,7 @@ def judge_caption(world, index: int, text: str, kind: str) -> dict[str, bool | N
         elif name == "place":
             found[name] = count and all(a.place in _places(b, true, world, index) for a, b in pairs)
         elif name == "events":
-            found[name] = count and said.events == true.events and _same(pairs, "hits", "end")
+            found[name] = count and said.events in _orders(true, world, index) and _same(pairs, "hits", "end")
         else:
             found[name] = count and _same(pairs, name)
     found["joint"] = all(found[name] for name in asked)
@@ -78,6 +79,18 @@ def _same(pairs: list[tuple[Thing, Thing]], *names) -> bool:
 def _near(x: float, y: float):
     """Points half a pixel away and less."""
     return [(x + dx, y + dy) for dx, dy in itertools.product((-0.5, 0.0, 0.5), repeat=2)]
+
+
+def _orders(true: Said, world, index) -> set[tuple]:
+    """The events of a true caption in all orders in which they may be told."""
+    fps, first = world.config.fps, {}
+    for time, *what in world.scene(index).contacts((world.frame_shape(index)[0] - 1) / fps):
+        first.setdefault(tuple(what), time)
+    times, numbers = sorted(first.values()), range(len(true.events))
+    return {
+        tuple(true.events[k] for k in order) for order in itertools.permutations(numbers)
+        if all(times[a] - times[b] <= 0.5 / fps for a, b in itertools.combinations(order, 2))
+    }  # fmt: skip
 
 
 def _starts(world, index):

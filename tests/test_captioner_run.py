@@ -210,6 +210,25 @@ def test_a_place_is_right_within_half_a_pixel_of_it_and_no_further():
     assert found[True] and found[False]
 
 
+def test_events_may_change_places_within_half_a_frame_and_no_further():
+    world = World(WorldConfig(num_samples=200, motions=("fall",), num_objects=(2, 2), shapes=((9, 32, 32),)))
+    found = {True: 0, False: 0}
+    for i in range(len(world)):
+        text = world.caption(i, style="detailed")
+        first, second = (f"{body.color} {body.shape}" for body in world.scene(i).bodies)
+        times = {}
+        for time, _, body, _ in world.scene(i).contacts(1.0):
+            times.setdefault(body, time)
+        if "First" not in text or len(times) < 2 or first == second:
+            continue
+        before, events = text.split("First")
+        turned = events.replace(first, "x").replace(second, first).replace("x", second)
+        right = judge_caption(world, i, f"{before}First{turned}", "detailed")["events"]
+        assert right == (abs(times[0] - times[1]) * world.config.fps <= 0.5)
+        found[right] += 1
+    assert found[True] and found[False]
+
+
 def test_a_captioner_reads_latents_too(tiny_run, tmp_path):
     workdir = str(tmp_path / "run")
     experiment = tiny("captioner_world", "model.reads=latents", "model.in_channels=5", "model.patch_size=(1,4,4)",
