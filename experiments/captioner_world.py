@@ -5,12 +5,7 @@
     sorax caption --data world --run runs/captioner --out captioned
 
 One or two objects with five motions, 9 frames of 32x32 pixels, read as patches of 9 frames x 4x4 pixels: in 64 tokens
-each sees all of its time, from which motion is learned much sooner than from patches of 3 frames x 8x8. The last
-percent of events came from 250 steps more at a lower rate, of the last stage's captions alone:
-
-    sorax train --config experiments/captioner_world.py --workdir runs/captioner_2 --config.init=runs/captioner
-        --config.data.stages="()" --config.train.steps=250 --config.train.seed=1 --config.optim.lr=5e-3
-        --config.optim.vector_lr=2.5e-3 --config.optim.warmup_steps=10 --config.optim.ema_decay=0.98
+each sees all of its time, from which motion is learned much sooner than from patches of 3 frames x 8x8.
 
 To read latents in place of pixels: --config.model.reads=latents --config.vae.path=RUN --config.model.in_channels=16
 --config.model.patch_size="(1,2,2)", with the channels of that VAE.
@@ -41,8 +36,8 @@ def get_config():
     )  # fmt: skip
     config.optim = dict(optimizer="muon", lr=2e-2, vector_lr=1e-2, warmup_steps=50, final_lr=0.02, b2=0.99,
                         ema_decay=0.995)  # fmt: skip
-    config.train = dict(steps=2800, seed=0, log_every=50, unroll=True)
-    config.checkpoint = dict(every=700, keep=1)
+    config.train = dict(steps=2300, seed=0, log_every=50, unroll=True)
+    config.checkpoint = dict(every=575, keep=1)
     config.mesh = dict(data=-1, fsdp=1, context=1, tensor=1)
-    config.eval = dict(every=1400, num_videos=4, num_prompts=64)
+    config.eval = dict(every=1150, num_videos=4, num_prompts=64)
     return config
