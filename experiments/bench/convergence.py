@@ -108,9 +108,11 @@ def table(results, options):
             scored = [r for r in rows.values() if "joint_test" in r]
             shown = [f"{key} {np.mean([r[key] for r in scored]):.2f} ({len(scored)} seeds)"
                      for key in (scored[0] if scored else ()) if key.startswith("joint")]  # fmt: skip
+            if pairs:
+                low, mean, high = (100 * f(pairs) for f in (np.min, np.mean, np.max))
+                shown.insert(0, f"against {base}: {mean:+.1f} % [{low:+.1f}, {high:+.1f}]")
             print(f"{group:10} {name:16} steps {next(iter(rows.values()))['steps']:5}  val_loss {np.mean(loss):.4f} "
-                  f"+- {np.std(loss):.4f} ({len(loss)} seeds)  against {base}: {100 * np.mean(pairs):+.1f} % "
-                  f"[{100 * np.min(pairs):+.1f}, {100 * np.max(pairs):+.1f}]  {' '.join(shown)}")  # fmt: skip
+                  f"+- {np.std(loss):.4f} ({len(loss)} seeds)  {'  '.join(shown)}")  # fmt: skip
 
 
 def main():
