@@ -4,6 +4,7 @@ import numpy as np
 
 from data_pipelines.caption_kinds import CAPTION
 from data_pipelines.rows import PixelExamples
+from data_pipelines.survey import survey
 from sorax.errors import UserError
 
 
@@ -34,7 +35,7 @@ class Rewritings:
     Args:
       source: whose samples have captions of several kinds. reads: kind that is read. encode_text: see `PixelExamples`.
 
-    latents are the tokens read, int32 [n, 1, 1, 1], for patches of (1, 1, 1).
+    latents are the tokens read, int32 [n, 1, 1, 1], for patches of (1, 1, 1). identity: see `Survey`.
     """
 
     def __init__(self, source, encode_text, reads):
@@ -43,9 +44,12 @@ class Rewritings:
             raise UserError(f"data.reads is {reads!r}, but the data has these kinds of captions: "
                             f"{', '.join((CAPTION, *kinds))}")  # fmt: skip
         self.source, self._texts = source, []
-        for index in range(len(source)):
-            captions = {CAPTION: source.spec(index).caption} | (source.captions(index) if kinds else {})
+
+        def encode(index, caption, further):
+            captions = {CAPTION: caption} | further
             self._texts.append({kind: np.asarray(encode_text(text), np.int32) for kind, text in captions.items()})
+
+        self.identity = survey(source, encode).identity
         self.reads, self.weights = reads, getattr(source, "weights", None)
         lengths = {kind: np.array([len(t[kind]) for t in self._texts], np.int32) for kind in (CAPTION, *kinds)}
         self.shapes = np.stack([lengths[reads], *np.ones((2, len(self._texts)), np.int32)], axis=1)

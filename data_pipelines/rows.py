@@ -15,6 +15,7 @@ import numpy as np
 from data_pipelines import reading
 from data_pipelines.caption_kinds import CAPTION, check_mix, draw_kind
 from data_pipelines.packing import PackPlan
+from data_pipelines.survey import survey
 from data_pipelines.text_tokens import PAD_ID
 from sorax.errors import UserError
 from sorax.patchify import PATCH_SIZE, patch_view, positions
@@ -63,20 +64,22 @@ class PixelExamples:
       source: a `data_pipelines.sources.Source`. encode_text: picklable function caption -> int [L], its tokens.
 
     Its rows have a `patch_size` in pixels, such as (1, 16, 16), and are uint8 as the videos are.
+    identity: see `Survey`.
     """
 
     def __init__(self, source, encode_text):
         self.source, self.encode_text = source, encode_text
-        self.shapes, self.text_lengths = np.empty((len(source), 3), np.int32), np.empty(len(source), np.int32)
-        kinds = getattr(source, "caption_kinds", ())
-        self.kind_lengths = {kind: np.empty(len(source), np.int32) for kind in kinds}
-        for index in range(len(source)):
-            spec = source.spec(index)
-            self.shapes[index] = spec.num_frames, spec.height, spec.width
-            self.text_lengths[index] = len(encode_text(spec.caption))
-            for kind, caption in source.captions(index).items() if kinds else ():
-                self.kind_lengths[kind][index] = len(encode_text(caption))
-        self.weights = getattr(source, "weights", None)
+        self.text_lengths = np.empty(len(source), np.int32)
+        self.kind_lengths = {kind: np.empty(len(source), np.int32) for kind in getattr(source, "caption_kinds", ())}
+
+        def count(index, caption, further):
+            lengths = {text: len(encode_text(text)) for text in {caption, *further.values()}}
+            self.text_lengths[index] = lengths[caption]
+            for kind, text in further.items():
+                self.kind_lengths[kind][index] = lengths[text]
+
+        found = survey(source, count)
+        self.shapes, self.identity, self.weights = found.shapes, found.identity, getattr(source, "weights", None)
 
     def __len__(self):
         return len(self.source)

@@ -34,7 +34,9 @@ BYTES, BPE = "bytes", "bpe"  # names for `Tokenizer.wanted`
 
 def clean(caption):
     """A caption as Wan's pipeline cleans it: mojibake mended, HTML entities resolved, white space folded."""
-    return " ".join(html.unescape(html.unescape(ftfy.fix_text(caption))).split())
+    if not (caption.isascii() and caption.isprintable() and "&" not in caption):  # else there is nothing to mend
+        caption = html.unescape(html.unescape(ftfy.fix_text(caption)))
+    return " ".join(caption.split())
 
 
 class _Json:

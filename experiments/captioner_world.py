@@ -18,7 +18,7 @@ MOTIONS = ("still", "straight", "fall", "throw", "resize")
 
 def get_world():
     return ConfigDict(
-        dict(num_samples=80_000, shapes=((9, 32, 32),), fps=8.0, extent=6.0, num_objects=(1, 2), motions=MOTIONS,
+        dict(num_samples=150_000, shapes=((9, 32, 32),), fps=8.0, extent=6.0, num_objects=(1, 2), motions=MOTIONS,
              backgrounds=("plain", "two-tone"))
     )  # fmt: skip
 

@@ -21,6 +21,7 @@ from data_pipelines.loader import make_loader
 from data_pipelines.packing import token_costs
 from data_pipelines.rows import RowSource
 from data_pipelines.sources import open_source
+from data_pipelines.survey import MAX_CAPTIONS, some_captions
 from data_pipelines.text_tokens import MAX_TOKENS, Tokenizer
 from data_pipelines.world import World
 from sorax import config as config_lib
@@ -31,12 +32,14 @@ from sorax.caption_writer import CaptionWriter, as_inputs, load_captioner, order
 from sorax.captioner import Captioner, CaptionerConfig
 from sorax.decoding import DecodingConfig
 from sorax.dit_data import First, held_out_source, prepare_data
-from sorax.encode import Codec, survey
+from sorax.encode import Codec
 from sorax.errors import UserError
 from sorax.objectives import DataConfig, EvalConfig, Objective, check_path, loader_options, write_samples
 from sorax.optim import OptimConfig
 from sorax.runs import open_vae, vae_folder
 from sorax.text import PAD_ID
+
+CAPTIONS_A_WORD = 32  # samples that a tokenizer is trained on, for each word of its vocabulary
 
 
 def captioner_objective(config, workdir: str, mesh) -> Objective:
@@ -196,8 +199,7 @@ def _prepare(config, data, model: CaptionerConfig, workdir: str) -> _Found:
     grid = pixel_grid(model.patch_size) | index
     with processes.first_before_others("captioner: data"):
         source, held_out = open_source(section, **grid), held_out_source(section, num_samples=data.val_samples, **grid)
-        seen = survey(source)
-        tokenizer = _tokenizer(config, seen.captions, model.vocab_size, workdir)
+        tokenizer = _tokenizer(config, source, model.vocab_size, workdir)
     check_mix(dict.fromkeys(model.kinds), getattr(source, "caption_kinds", ()))
     held_out = First(held_out, data.val_samples)
 
@@ -206,8 +208,9 @@ def _prepare(config, data, model: CaptionerConfig, workdir: str) -> _Found:
             return Rewritings(source, tokenizer.encode, data.reads)
         return WholePatches(source, tokenizer.encode, model.patch_size)
 
-    identity = f"{seen.identity}-{tokenizer.identity}" + (f"-{data.reads}" if model.reads == "text" else "")
-    return _Found(examples(source), examples(held_out), held_out, tokenizer, None, identity)
+    found = examples(source)
+    identity = f"{found.identity}-{tokenizer.identity}" + (f"-{data.reads}" if model.reads == "text" else "")
+    return _Found(found, examples(held_out), held_out, tokenizer, None, identity)
 
 
 def _latents(config, section, data, model, workdir):
@@ -226,8 +229,7 @@ def _latents(config, section, data, model, workdir):
         if not is_shards(data.path):
             with processes.first_before_others("captioner: tokenizer"):
                 index = dict(index_cache=os.path.join(workdir, "latents", "index"))
-                captions = survey(open_source(section, **grid, **index)).captions
-                _tokenizer(config, captions, model.vocab_size, workdir)
+                _tokenizer(config, open_source(section, **grid, **index), model.vocab_size, workdir)
             given.data.tokenizer = workdir
     tokenizer, examples, val_examples = prepare_data(given, workdir, codec, vae_identity)
     check_mix(dict.fromkeys(model.kinds), getattr(examples, "kind_lengths", {}))
@@ -237,15 +239,16 @@ def _latents(config, section, data, model, workdir):
     return _Found(examples, val_examples, held_out, tokenizer, codec, examples.identity)
 
 
-def _tokenizer(config, captions, vocab_size, workdir):
-    """That of the run folder, of config.init, or of config.data.tokenizer; else BPE, trained on the captions of all
-    kinds: a word is a token, and words are what takes time to write."""
+def _tokenizer(config, source, vocab_size, workdir):
+    """That of the run folder, of config.init, or of config.data.tokenizer; else BPE, trained on captions of all kinds
+    of the source: a word is a token, and words are what takes time to write."""
     wanted = config.data.get("tokenizer") or ""
     wanted = config.init if config.get("init") and wanted in ("", "bpe") else wanted
     if Tokenizer.is_in(workdir):
         return Tokenizer.load(workdir, vocab_size)
     if wanted in ("", "bpe"):
-        tokenizer = Tokenizer.train(captions, vocab_size)
+        most = min(MAX_CAPTIONS, CAPTIONS_A_WORD * vocab_size)
+        tokenizer = Tokenizer.train(some_captions(source, most), vocab_size)
     else:
         tokenizer = Tokenizer.of_bytes() if wanted == "bytes" else Tokenizer.load(wanted, vocab_size)
     if tokenizer.vocab_size > vocab_size:

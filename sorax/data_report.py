@@ -3,10 +3,10 @@
 from data_pipelines.fit import Fit
 from data_pipelines.packing import token_costs
 from data_pipelines.report_fit import Settings
+from data_pipelines.survey import MAX_CAPTIONS
 from sorax import config as config_lib
 from sorax.dit import DiTConfig
 from sorax.dit_data import grid
-from sorax.encode import MAX_CAPTIONS
 from sorax.errors import UserError
 from sorax.objectives import DataConfig
 from sorax.runs import open_vae_config, start_tokenizer

@@ -7,9 +7,10 @@ from data_pipelines.caption_kinds import behind, check_mix, is_captioned, parse_
 from data_pipelines.latent_shards import LatentShards, is_shards, read_manifest, shards_folder
 from data_pipelines.mixture import MixtureExamples, part_sections
 from data_pipelines.sources import GENERATED, open_source
+from data_pipelines.survey import survey
 from data_pipelines.text_tokens import BPE, TOKENIZER_FILE, Tokenizer
 from sorax import processes
-from sorax.encode import Codec, encode_source, survey
+from sorax.encode import Codec, encode_source
 from sorax.errors import UserError
 from sorax.runlog import reporter
 from sorax.runs import open_vae, start_tokenizer, vae_folder

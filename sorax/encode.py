@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from data_pipelines import latent_writer
 from data_pipelines.latent_shards import LatentShards
 from data_pipelines.read_ahead import read_ahead
+from data_pipelines.survey import Survey, survey
 from data_pipelines.text_tokens import MAX_TOKENS, Tokenizer
 from sorax import functional, processes, sharding, stream
 from sorax.errors import UserError
@@ -27,7 +28,6 @@ PIXELS_A_BATCH = 1 << 19  # of a device: bounds the memory of encoding and decod
 ITEMS_A_DEVICE = 8  # at most: more of them gain nothing
 CLIPS_A_BATCH = 16  # of a device, when shards are written: more are no faster, and leave more of the last batch empty
 READ_AHEAD_BYTES = 256 << 20  # of videos decoded before they are encoded
-MAX_CAPTIONS = 100_000  # that a survey keeps, for a tokenizer to be trained on
 
 
 def chunk_frames(config: VAEConfig, shape, together: int = 1) -> int:
@@ -192,50 +192,6 @@ def _naming(kind, number, count):
         if count == 1:
             raise
         raise UserError(f"{kind}[{number}] of {count}: {error}") from error
-
-
-@dataclasses.dataclass(frozen=True)
-class Survey:
-    """What a source holds, from one look at the specs of all its samples.
-
-    identity: hash of all specs and weights, hence of all that can be known without decoding.
-    shapes: int32 [n, 3], (T, H, W). caption_bytes: int32 [n], of the longest caption of each.
-    captions: of at most MAX_CAPTIONS samples, evenly spread, all kinds.
-    """
-
-    identity: str
-    shapes: np.ndarray
-    caption_bytes: np.ndarray
-    captions: tuple[str, ...]
-
-
-def survey(source) -> Survey:
-    """Looks at the spec of every sample of a source. Raises UserError where there is none."""
-    count, digest = len(source), hashlib.sha256()
-    if not count:
-        raise UserError("there is no video to encode: the data set is empty")
-    shapes, caption_bytes, captions = np.empty((count, 3), np.int32), np.empty(count, np.int32), []
-    kept = set(np.linspace(0, count - 1, min(MAX_CAPTIONS, count)).astype(int).tolist())
-    kinds = getattr(source, "caption_kinds", ())
-    for i in range(count):
-        spec = source.spec(i)
-        digest.update(repr(spec).encode())
-        shapes[i] = spec.num_frames, spec.height, spec.width
-        texts = [spec.caption]
-        if kinds:
-            texts += source.captions(i).values()
-            digest.update(repr((kinds, texts)).encode())
-        caption_bytes[i] = max(len(text.encode()) for text in texts)
-        if i in kept:
-            captions.extend(texts)
-    if (weights := getattr(source, "weights", None)) is not None:
-        digest.update(np.asarray(weights, np.float64).tobytes())
-    return Survey(digest.hexdigest()[:16], shapes, caption_bytes, tuple(captions))
-
-
-def source_identity(source, extra: str = "") -> str:
-    """Hash of what a source holds, as far as can be known without decoding, and of `extra`."""
-    return hashlib.sha256((survey(source).identity + extra).encode()).hexdigest()[:16]
 
 
 def encode_source(

@@ -9,13 +9,13 @@ import os
 
 import numpy as np
 
+from data_pipelines.survey import source_identity
 from data_pipelines.world import World
 from sorax import media
 from sorax.caption_scores import COLUMNS, DETAILED, SHORT, cells, judge_caption
 from sorax.caption_writer import CaptionRun, load_captioner
 from sorax.decoding import DecodingConfig
 from sorax.dit_data import held_out_source
-from sorax.encode import source_identity
 from sorax.errors import UserError
 from sorax.expand import RunExpander, expand, lost_of
 from sorax.runlog import Progress

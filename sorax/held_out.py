@@ -7,10 +7,10 @@ import numpy as np
 
 from data_pipelines.latent_shards import is_shards, source_of
 from data_pipelines.phyworld import PhyWorld
+from data_pipelines.survey import source_identity
 from data_pipelines.world import World
 from data_pipelines.world_sampling import lead_motions
 from sorax.dit_data import held_out_source
-from sorax.encode import source_identity
 from sorax.errors import UserError
 
 SPLITS = {"test": "in distribution", "heldout": "held-out combinations", "ood": "out of distribution",

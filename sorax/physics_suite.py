@@ -14,9 +14,9 @@ import numpy as np
 from data_pipelines import phyworld, world_physics
 from data_pipelines.phyworld import GIVEN_FRAMES, PhyWorld
 from data_pipelines.sources import open_source
+from data_pipelines.survey import source_identity
 from data_pipelines.world import World
 from sorax.abnormal import abnormal_events
-from sorax.encode import source_identity
 from sorax.errors import UserError
 from sorax.generate import Request, given_frames
 from sorax.motion import drift, velocity_error

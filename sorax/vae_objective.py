@@ -19,6 +19,7 @@ from flax import nnx
 from data_pipelines.clips import check_crop
 from data_pipelines.loader import make_clip_loader
 from data_pipelines.sources import open_source
+from data_pipelines.survey import source_identity
 from sorax import config as config_lib
 from sorax import functional, media, processes, runlog, sharding
 from sorax.discriminator import (
@@ -29,7 +30,7 @@ from sorax.discriminator import (
     generator_loss,
 )
 from sorax.dit_data import held_out_source
-from sorax.encode import Codec, source_identity
+from sorax.encode import Codec
 from sorax.errors import UserError
 from sorax.flops import vae_work
 from sorax.inflate import inflate

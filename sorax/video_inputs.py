@@ -12,7 +12,7 @@ from data_pipelines.index import FolderRecords, build_index
 from data_pipelines.inspection import Limits
 from data_pipelines.listing import Inside, Listing
 from data_pipelines.sources import is_folder, open_source
-from sorax.encode import source_identity
+from data_pipelines.survey import source_identity
 from sorax.errors import UserError
 from sorax.evaluate_vae import data_section
 from sorax.runlog import reporter

@@ -23,10 +23,10 @@ import numpy as np
 from data_pipelines.caption_kinds import CAPTION, ORIGINAL, behind, parse_mix
 from data_pipelines.phyworld import PhyWorld
 from data_pipelines.sources import open_source
+from data_pipelines.survey import source_identity
 from data_pipelines.world import World
 from sorax.abnormal import abnormal_events, persistence
 from sorax.caption_writer import load_captioner
-from sorax.encode import source_identity
 from sorax.errors import UserError
 from sorax.evaluate import untrained_params
 from sorax.expand import EXPANDER, RunExpander, expand

@@ -19,12 +19,13 @@ from video_files import numbered, write
 
 from data_pipelines.latent_shards import LatentShards, verify
 from data_pipelines.rows import RowSource
+from data_pipelines.survey import survey
 from data_pipelines.text_tokens import Tokenizer
 from data_pipelines.world import World, WorldConfig
 from sorax import encode
 from sorax.cli import main
 from sorax.dit_data import encode_experiment, prepare_data
-from sorax.encode import Codec, encode_source, survey
+from sorax.encode import Codec, encode_source
 from sorax.errors import UserError
 from sorax.evaluate import load_splits
 from sorax.objectives import complete

@@ -3,15 +3,16 @@
 import json
 import pathlib
 
+import ftfy
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipelines import survey
 from data_pipelines.sources import SampleSpec
 from data_pipelines.text_tokens import EOS_ID, MAX_TOKENS, MIN_VOCAB, PAD_ID, Tokenizer, clean
 from data_pipelines.world import World, WorldConfig
-from sorax import encode
 from sorax.dit_data import prepare_tokenizer
 from sorax.errors import UserError
 
@@ -28,6 +29,11 @@ def test_captions_are_cleaned_as_wan_cleans_them():
     assert clean("dÃ©jÃ\xa0 vu &amp;amp; &quot;more&quot;") == 'déjà vu & "more"'
     for caption in ("a red circle", "красный круг", "赤い円", ""):
         assert clean(caption) == caption
+
+
+@given(st.text(st.characters(codec="ascii", exclude_characters="&")))
+def test_plain_text_is_not_mended_and_needs_none(text):
+    assert clean(text) == " ".join(ftfy.fix_text(text).split())
 
 
 @settings(deadline=None, max_examples=200)
@@ -128,8 +134,8 @@ class Captions:
 def test_a_run_folder_keeps_its_tokenizer(tmp_path, monkeypatch):
     """Trained on captions from first to last; one that is there is read, if the vocabulary has room for it. So are
     those of runs that were begun when "" meant to train one."""
-    monkeypatch.setattr(encode, "MAX_CAPTIONS", 3)
-    captions = encode.survey(Captions(["first", "no", "mid", "no", "last"])).captions
+    monkeypatch.setattr(survey, "MAX_CAPTIONS", 3)
+    captions = survey.survey(Captions(["first", "no", "mid", "no", "last"])).captions
     made = prepare_tokenizer(captions, 300, tmp_path, "bpe")
     assert made.identity == Tokenizer.train(["first", "mid", "last"], 300).identity
     for wanted in ("bpe", ""):
