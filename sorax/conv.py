@@ -3,6 +3,8 @@
 Legend: B batch, T frames, H height, W width, C channels.
 """
 
+import functools
+
 import einops
 import jax
 import jax.numpy as jnp
@@ -80,10 +82,51 @@ def conv_space(x, kernel, *, stride=(1, 1), padding="SAME"):
     """2-D convolution of every frame of `[B, T, H, W, C]`; kernel `[kh, kw, C, C_out]`."""
     B = x.shape[0]
     frames = einops.rearrange(x, "b t h w c -> (b t) h w c")
-    out = jax.lax.conv_general_dilated(
-        frames, kernel, stride, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
+    if isinstance(padding, str):
+        padding = jax.lax.padtype_to_pads(frames.shape[1:3], kernel.shape[:2], stride, padding)
+    out = conv_frames(frames, kernel, tuple(stride), tuple(map(tuple, padding)))
     return einops.rearrange(out, "(b t) h w c -> b t h w c", b=B)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def conv_frames(x, kernel, stride, padding):
+    """2-D convolution of x `[N, H, W, C]` by kernel `[kh, kw, C, C_out]`; padding: (before, after) of H and of W.
+
+    XLA's CPU backend has a fast convolution for this order of axes, and puts others into it in a program's outermost
+    computation alone: the gradients of `conv_general_dilated`, whose axes are exchanged, are many times slower within
+    a branch or a loop. So its gradients are given in this order.
+    """
+    return _conv(x, kernel, window_strides=stride, padding=padding)
+
+
+def _conv(x, kernel, **window):
+    return jax.lax.conv_general_dilated(x, kernel, dimension_numbers=("NHWC", "HWIO", "NHWC"), **window)
+
+
+def _conv_frames_forward(x, kernel, stride, padding):
+    return conv_frames(x, kernel, stride, padding), (x, kernel)
+
+
+def _conv_frames_backward(stride, padding, kept, slope):
+    def plain(x, kernel, slope):
+        return jax.vjp(lambda x, kernel: _conv(x, kernel, window_strides=stride, padding=padding), x, kernel)[1](slope)
+
+    def in_order(x, kernel, slope):
+        sides, ends = [], []  # what is padded for the gradient of x, and of the kernel
+        for size, taps, count, step, (before, _) in zip(x.shape[1:3], kernel.shape, slope.shape[1:3], stride, padding):
+            reach = (count - 1) * step  # from the first output to the last, in pixels
+            sides.append((taps - 1 - before, size - 1 - reach + before))
+            ends.append((before, taps + reach - size - before))
+        turned = jnp.swapaxes(jnp.flip(kernel, (0, 1)), 2, 3)
+        of_x = _conv(slope, turned, window_strides=(1, 1), padding=sides, lhs_dilation=stride)
+        of_kernel = _conv(jnp.transpose(x, (3, 1, 2, 0)), jnp.transpose(slope, (1, 2, 0, 3)), window_strides=(1, 1),
+                          padding=ends, rhs_dilation=stride)  # fmt: skip
+        return of_x, jnp.transpose(of_kernel, (1, 2, 0, 3))
+
+    return jax.lax.platform_dependent(*kept, slope, cpu=in_order, default=plain)
+
+
+conv_frames.defvjp(_conv_frames_forward, _conv_frames_backward)
 
 
 def conv_same(x, kernel, strides: tuple[int, int, int]):

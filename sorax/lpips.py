@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sorax.conv import conv_frames
 from sorax.errors import UserError
 
 # Convolutions between two poolings: (place in torchvision's `features`, channels out); after each block features are
@@ -111,10 +112,7 @@ class LPIPS:
                 x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
             for place, _ in block:
                 kernel, bias = params[f"features.{place}.weight"], params[f"features.{place}.bias"]
-                x = jax.nn.relu(
-                    jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-                    + bias
-                )
+                x = jax.nn.relu(conv_frames(x, kernel, (1, 1), ((1, 1), (1, 1))) + bias)
             # Theirs divides by norm + eps; the tiny addend inside keeps the gradient of a zero vector finite.
             unit = x / (jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + EPS**2) + EPS)
             first, second = jnp.split(unit, 2)

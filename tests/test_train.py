@@ -94,7 +94,7 @@ def assert_metrics_are_complete(workdir):
 def vae_config():
     """One step on images, then steps on clips, the last two against a discriminator."""
     config = tiny_config(
-        "vae.data.path=world", "vae.optim.optimizer=muon", f"vae.train.steps={STEPS}", "vae.train.log_every=1",
+        "vae.data.path=world", f"vae.train.steps={STEPS}", "vae.train.log_every=1",
         *[f"vae.checkpoint.{setting}" for setting in KEEPING],
         "vae.data.stages=({'steps': 1, 'batch': 8, 'crop': (1, 0, 0)},)",
     )  # fmt: skip
