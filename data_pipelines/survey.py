@@ -33,7 +33,7 @@ def survey(source, look=None) -> Survey:
     """
     count, digest = len(source), hashlib.sha256()
     if not count:
-        raise UserError("there is no video to encode: the data set is empty")
+        raise UserError("the data set is empty: there is nothing to learn from or to encode")
     shapes, caption_bytes, captions = np.empty((count, 3), np.int32), np.empty(count, np.int32), []
     kept, kinds = set(_spread(count, MAX_CAPTIONS)), getattr(source, "caption_kinds", ())
     for i in range(count):
