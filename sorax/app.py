@@ -190,13 +190,17 @@ class App:
         run_words: the flags of `sorax sample` that load this run, such as ["--run", W].
         out: folder of the results, made if need be; all in it may be shown to who opens the page.
         expander: run that makes prompts detailed, or the text-to-video run in whose `expander/` it is.
+        max_seconds, max_side: most of what is made, whole files and pixels: one who asks for more would keep all others
+            waiting, or take the memory of all.
 
     Raises:
         UserError: there is no such run, or the folder holds files of other kinds.
     """
 
-    def __init__(self, run: Run, run_words: list[str], out: str, expander: str = "", mesh=None):
+    def __init__(self, run: Run, run_words: list[str], out: str, expander: str = "", mesh=None, *,
+                 max_seconds: float = 60.0, max_side: int = 1280):  # fmt: skip
         self.run, self.run_words, self.out, self.expander = run, list(run_words), out, expander
+        self.max_seconds, self.max_side = max_seconds, max_side
         self.results: list[Result] = []
         _check_folder(out)
         self.generator = run.generator(mesh)
@@ -283,6 +287,7 @@ class App:
         words = [*self.run_words, *self._words(form), "--out", os.path.join(self.out, name)]
         arguments = parse(words)
         order = sample_files.prepare(arguments, sample_files.check(arguments), self.run)
+        self._check_size(order)
         notes = list(order.notes)
         (job,) = order.scenes[0]
         progress = _Progress(order, self.run.networks.vae_config.temporal_stride)
@@ -310,6 +315,15 @@ class App:
         result = Result(order.outs[0], facts, tuple(notes), time.monotonic() - began)
         self.results.append(result)
         return Report("done", 1.0, notes=result.notes, result=result)
+
+    def _check_size(self, order):
+        (frames, *sides), fps = order.shape, order.facts["fps"]
+        if frames > 1 and frames > round(self.max_seconds * fps):
+            raise UserError(f"{frames / fps:.4g} s are more than this page makes, {self.max_seconds:g} s: ask for less, "
+                            "or start the page with a larger --max-seconds")  # fmt: skip
+        if max(sides) > self.max_side:
+            raise UserError(f"{sides[1]}x{sides[0]} is larger than this page makes, {self.max_side} pixels a side: ask "
+                            "for less, or start the page with a larger --max-side")  # fmt: skip
 
     def _words(self, form):
         """Flags of a form; those that say what the run does anyway are left out."""

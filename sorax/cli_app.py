@@ -26,6 +26,10 @@ def add_verb(verbs):
     served.add_argument("--auth", default="", metavar="FILE", help="who may: lines of USER:PASSWORD")
     served.add_argument("--max-upload", type=int, default=200, metavar="MB", help="size of a file that is given "
                         "(default: %(default)s)")  # fmt: skip
+    served.add_argument("--max-seconds", type=float, default=60.0, metavar="S", help="longest video that is made "
+                        "(default: %(default)g)")  # fmt: skip
+    served.add_argument("--max-side", type=int, default=1280, metavar="PIXELS", help="longest side of a frame that is "
+                        "made (default: %(default)s)")  # fmt: skip
     served.add_argument("--queue", type=int, default=16, metavar="N", help="most requests that wait; one is made at a "
                         "time (default: %(default)s)")  # fmt: skip
 
@@ -36,8 +40,10 @@ def app_verb(arguments, _):
     if not is_loopback(arguments.host) and not arguments.auth:
         raise UserError(f"--host {arguments.host} lets others open the page, and so use this machine: give --auth FILE "
                         "with lines of USER:PASSWORD, or leave --host out")  # fmt: skip
-    if arguments.max_upload < 1 or arguments.queue < 1 or not 0 <= arguments.port < 65536:
-        raise UserError("--max-upload and --queue are 1 at least, and --port is below 65536")
+    if min(arguments.max_upload, arguments.max_side, arguments.queue) < 1 or not 0 <= arguments.port < 65536:
+        raise UserError("--max-upload, --max-side and --queue are 1 at least, and --port is below 65536")
+    if not arguments.max_seconds > 0:
+        raise UserError(f"--max-seconds is {arguments.max_seconds:g}: it is above 0")
     users = read_users(arguments.auth) if arguments.auth else None
     from sorax.app import App
     from sorax.app_page import serve
@@ -49,7 +55,8 @@ def app_verb(arguments, _):
     words += ["--weights", arguments.weights] if arguments.weights != "ema" else []
     words += ["--mesh", arguments.mesh] if arguments.mesh else []
     out = arguments.out or os.path.join(arguments.workdir, "app")
-    app = App(load_run(arguments.workdir, arguments.weights), words, out, arguments.expander, mesh_of(arguments.mesh))
+    app = App(load_run(arguments.workdir, arguments.weights), words, out, arguments.expander, mesh_of(arguments.mesh),
+              max_seconds=arguments.max_seconds, max_side=arguments.max_side)  # fmt: skip
     serve(app, host=arguments.host, port=arguments.port, users=users, max_upload=arguments.max_upload,
           max_queue=arguments.queue)  # fmt: skip
 

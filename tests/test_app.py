@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shlex
 import threading
 import urllib.error
@@ -116,6 +117,19 @@ def test_every_step_is_reported_and_one_can_be_the_last(app):
     assert sorted(pathlib.Path(app.out).iterdir()) == before
     *_, report = app.make(Form(prompt="a red circle", size="no"), threading.Event())
     assert "not WxH" in report.error and not report.result
+
+
+@pytest.mark.parametrize(
+    "form, message",
+    [
+        (dict(seconds=61.0), "s are more than this page makes, 60 s: .*--max-seconds"),
+        (dict(size="1312x32"), "1312x32 is larger than this page makes, 1280 pixels a side: .*--max-side"),
+        (dict(size="32x1312", mode="picture"), "32x1312 is larger"),
+    ],
+)
+def test_who_asks_for_too_much_is_told_how_much_there_is(app, form, message):
+    *_, report = app.make(Form(prompt="a red circle", **form), threading.Event())
+    assert re.search(message, report.error) and not report.result
 
 
 def test_a_folder_of_other_files_is_not_shown(tmp_path):
