@@ -3,7 +3,8 @@
 The encoder sees packed rows as the DiT does, and each sample sees itself alone. The decoder's rows hold the captions of
 the same samples, laid end to end: every token sees those of its own caption before it and all patches of its own
 sample. Read token ids in place of patches, and it rewrites captions: a text-to-text model. After Vaswani et al. 2017,
-with the norms and rotary positions of the DiT.
+with the norms and rotary positions of the DiT. Those tell patches apart by what lies between them; a caption says where
+a thing is in the frame, so that patches have their absolute positions added, too: sines and cosines (ibid.), linearly.
 
 Legend: B rows, N patches of a row, M text tokens of a row, P patch size flattened, D width, K heads, A head dim, L
 layers, V vocabulary, X captions that are written together, of all rows, T tokens of the longest.
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sorax.attention import MASKED, attention
-from sorax.dit import Attention, apply_rope, gelu, linear, rms_norm, rope_factors, rope_of, run_layers
+from sorax.dit import Attention, apply_rope, gelu, linear, rms_norm, rope_factors, rope_of, run_layers, timestep_features
 from sorax.text import PAD_ID
 
 READS = ("pixels", "latents", "text")
@@ -161,7 +162,7 @@ class Captioner(nnx.Module):
         D, table = config.width, config.vocab_size + len(config.kinds)
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), (table, D)))
         if config.reads != "text":
-            self.patch_embed = linear(config.patch_dim, D, rngs)
+            self.patch_embed, self.pos_embed = linear(config.patch_dim, D, rngs), linear(3 * config.head_dim, D, rngs)
 
         def stacked(cls, count):
             build = nnx.vmap(lambda key: cls(config, nnx.Rngs(params=key)), in_axes=0, out_axes=0)
@@ -184,7 +185,9 @@ class Captioner(nnx.Module):
         if self.config.reads == "text":
             x = self.embedding[...][tokens[..., 0].astype(jnp.int32)]
         else:
-            x = self.patch_embed(constrain(tokens))
+            where = timestep_features(positions, self.config.head_dim)  # [B, N, 3, A]
+            where = self.pos_embed(where.reshape(*positions.shape[:2], -1).astype(tokens.dtype))
+            x = self.patch_embed(constrain(tokens)) + constrain(where)
         rope = tuple(constrain(factors) for factors in rope_factors(positions, self.config))
         row = dict(segment_ids=segment_ids, rope=rope, attend=attend, constrain=constrain)
         x = _run(self.encoder, constrain(x), row, remat, unroll)

@@ -33,7 +33,7 @@ RULES = (
     (r"(q|k|v|mlp_in|wi|wi_gate|text_in|time_in)/kernel$", (SHARE, "tensor")),
     (r"(o|mlp_out|wo|text_out|time_out)/kernel$", ("tensor", SHARE)),
     (r"time_proj/kernel$", (None, ALL)),
-    (r"patch_embed/kernel$", (None, SHARE)),
+    (r"(patch|pos)_embed/kernel$", (None, SHARE)),
     (r"proj_out/kernel$", (SHARE, None)),
     # The branch of a LoRA, [n, r] and [r, m], has its ends as the kernel [n, m] has them; r is small, and whole.
     (r"(q|k|v|mlp_in)/lora_a$", (SHARE, None)),
