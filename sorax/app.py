@@ -319,8 +319,8 @@ class App:
     def _check_size(self, order):
         (frames, *sides), fps = order.shape, order.facts["fps"]
         if frames > 1 and frames > round(self.max_seconds * fps):
-            raise UserError(f"{frames / fps:.4g} s are more than this page makes, {self.max_seconds:g} s: ask for less, "
-                            "or start the page with a larger --max-seconds")  # fmt: skip
+            raise UserError(f"{frames / fps:.4g} s are more than this page makes, {self.max_seconds:g} s: ask for "
+                            "less, or start the page with a larger --max-seconds")  # fmt: skip
         if max(sides) > self.max_side:
             raise UserError(f"{sides[1]}x{sides[0]} is larger than this page makes, {self.max_side} pixels a side: ask "
                             "for less, or start the page with a larger --max-side")  # fmt: skip

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sorax.attention import MASKED, attention
-from sorax.dit import Attention, apply_rope, gelu, linear, rms_norm, rope_factors, rope_of, run_layers, timestep_features
+from sorax.dit import Attention, apply_rope, gelu, linear, rms_norm, rope_factors, rope_of, run_layers, sinusoids
 from sorax.text import PAD_ID
 
 READS = ("pixels", "latents", "text")
@@ -185,7 +185,7 @@ class Captioner(nnx.Module):
         if self.config.reads == "text":
             x = self.embedding[...][tokens[..., 0].astype(jnp.int32)]
         else:
-            where = timestep_features(positions, self.config.head_dim)  # [B, N, 3, A]
+            where = sinusoids(positions, self.config.head_dim)  # [B, N, 3, A]
             where = self.pos_embed(where.reshape(*positions.shape[:2], -1).astype(tokens.dtype))
             x = self.patch_embed(constrain(tokens)) + constrain(where)
         rope = tuple(constrain(factors) for factors in rope_factors(positions, self.config))

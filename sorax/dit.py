@@ -118,11 +118,11 @@ def apply_rope(x, cos, sin):
     return (pairs * cos[:, :, None] + turned * sin[:, :, None]).astype(x.dtype)
 
 
-def timestep_features(timestep, dim: int):
-    """Sinusoidal features `[..., dim]`, cosines first, of a timestep in [0, 1000] (DDPM, as diffusers flips it)."""
+def sinusoids(x, dim: int):
+    """Features `[..., dim]` of numbers `[...]`, cosines first (as DDPM has them of a timestep in [0, 1000], flipped)."""
     half = dim // 2
     freqs = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
-    angles = timestep[..., None].astype(jnp.float32) * freqs
+    angles = x[..., None].astype(jnp.float32) * freqs
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
@@ -289,7 +289,7 @@ class DiT(nnx.Module):
         """
         config, dtype = self.config, tokens.dtype
         x = constrain(self.patch_embed(constrain(tokens)))
-        features = timestep_features(1000.0 * levels, config.freq_dim).astype(dtype)
+        features = sinusoids(1000.0 * levels, config.freq_dim).astype(dtype)
         time = constrain(self.time_out(jax.nn.silu(self.time_in(features))), tokens=False)  # [B, S, D]
         level_proj = einops.rearrange(self.time_proj(jax.nn.silu(time)), "b s (six d) -> b s six d", six=6)
         row = dict(
