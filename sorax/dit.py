@@ -119,7 +119,7 @@ def apply_rope(x, cos, sin):
 
 
 def sinusoids(x, dim: int):
-    """Features `[..., dim]` of numbers `[...]`, cosines first (as DDPM has them of a timestep in [0, 1000], flipped)."""
+    """Features `[..., dim]` of numbers, cosines first: DDPM's of a timestep in [0, 1000], as diffusers flips them."""
     half = dim // 2
     freqs = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
     angles = x[..., None].astype(jnp.float32) * freqs
