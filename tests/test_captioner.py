@@ -64,6 +64,14 @@ def test_places_begin_anew_in_each_segment():
     assert starts[0].tolist() == [True, False, True, False, False, False, False]
 
 
+@pytest.mark.parametrize("axis", range(3))
+def test_where_a_video_is_in_time_and_space_is_seen(axis):
+    row = packed(samples())
+    there = logits(PARAMS, row)
+    moved = logits(PARAMS, dict(row, positions=row["positions"] + np.eye(3, dtype=int)[axis]))
+    assert np.abs(moved - there)[row["text_segment_ids"] != 0].max() > 1e-3 * np.abs(there).max()
+
+
 def test_packed_equals_separate_forward_and_backward():
     row = packed(samples())
 
