@@ -1,11 +1,13 @@
 """Captions of the world scored against its ground truth, attribute by attribute, by reading them back.
 
 An attribute is right where it is right of every object that it is told of; objects are paired by what they are, not by
-the order in which they are told. A caption that is not of the grammar is wrong in everything that it was asked for.
-Places and relations change their words at lines that nobody sees: a word is right where it is within half a pixel. Two
-events within half a frame of each other may be told in either order.
+the order in which they are told, and a relation or an event is right where it is of the paired ones, whatever they are
+called: a wrong name is counted as what it is, a wrong colour or shape. A caption that is not of the grammar is wrong in
+everything that it was asked for. Places and relations change their words at lines that nobody sees: a word is right
+where it is within half a pixel. Two events within half a frame of each other may be told in either order.
 """
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -41,6 +43,7 @@ def judge_caption(world, index: int, text: str, kind: str) -> dict[str, bool | N
     if said is None or said.detailed != (kind == "detailed"):
         return found | dict.fromkeys((*asked, "grammar", "joint"), False) | dict(real=[])
     pairs = match(said.things, true.things)
+    named = _by_true_names(said, pairs)
     rest = [thing for thing in said.things if all(thing is not a for a, _ in pairs)]
     count = len(said.things) == len(true.things)
     for name in asked:
@@ -49,11 +52,11 @@ def judge_caption(world, index: int, text: str, kind: str) -> dict[str, bool | N
         elif name == "background":
             found[name] = said.ground == true.ground
         elif name == "relation":
-            found[name] = count and _relation_holds(said, world, index)
+            found[name] = count and _relation_holds(named, world, index)
         elif name == "place":
             found[name] = count and all(a.place in _places(b, true, world, index) for a, b in pairs)
         elif name == "events":
-            found[name] = count and said.events in _orders(true, world, index) and _same(pairs, "hits", "end")
+            found[name] = count and named.events in _orders(true, world, index) and _same(pairs, "hits", "end")
         else:
             found[name] = count and _same(pairs, name)
     found["joint"] = all(found[name] for name in asked)
@@ -70,6 +73,20 @@ def _is_told(true: Said, name: str) -> bool:
     if name == "events":
         return bool(true.events) or any(t.hits is not None or t.end is not None for t in true.things)
     return any(getattr(thing, name) is not None for thing in true.things)
+
+
+def _by_true_names(said: Said, pairs) -> Said:
+    """Relation and events with the true names of their objects: what is of another shape than it is called is wrong in
+    its shape alone. "": a name that no object has, or two that are not the same.
+    """
+
+    def true_name(name):
+        names = {true.name for thing, true in pairs if thing.name == name}
+        return names.pop() if len(names) == 1 else ""
+
+    relation = said.relation and (true_name(said.relation[0]), said.relation[1], true_name(said.relation[2]))
+    events = tuple((kind, frozenset(map(true_name, which))) for kind, which in said.events)
+    return dataclasses.replace(said, relation=relation, events=events)
 
 
 def _same(pairs: list[tuple[Thing, Thing]], *names) -> bool:

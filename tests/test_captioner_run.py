@@ -189,6 +189,20 @@ def test_every_wrong_word_is_found_where_it_is_wrong():
     assert judge_caption(WORLD, i, swap["color"], "short")["real"] == [False]
 
 
+@pytest.mark.parametrize("kind", ["relation", "events"])
+def test_what_is_said_of_an_object_is_judged_whatever_it_is_called_but_not_of_one_that_is_not_there(kind):
+    i, pair = next((i, bodies) for i in range(len(WORLD)) if len(bodies := WORLD.scene(i).bodies) == 2 and
+                   bodies[0].color != bodies[1].color and ("First" in WORLD.captions(i)["detailed"] or kind != "events")
+                   )  # fmt: skip
+    true, body = WORLD.captions(i)["detailed"], pair[0]
+    name, wrong = f"{body.color} {body.shape}", f"{body.color} {'star' if body.shape != 'star' else 'circle'}"
+    found = judge_caption(WORLD, i, true.replace(name, wrong), "detailed")
+    assert found[kind] and found["color"] and found["shape"] is found["joint"] is False
+    head, tail = true.split("At the start")
+    for text in (f"{head}At the start{tail.replace(name, wrong)}", f"{head.replace(name, wrong)}At the start{tail}"):
+        assert judge_caption(WORLD, i, text, "detailed")[kind] is False
+
+
 PLACES = ("at the top left", "at the top", "at the top right", "on the left", "in the middle", "on the right",
           "at the bottom left", "at the bottom", "at the bottom right")  # fmt: skip
 
