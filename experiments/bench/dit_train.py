@@ -5,8 +5,9 @@
 The same weights (those of a Wan-shaped network of 5 M parameters, drawn at random), samples, noise, loss, threads and
 float32 for both; diffusers needs the extra `parity` and PyTorch (--python names an interpreter that has them). A
 process each, one at work at a time, in turns; CPU seconds are those of the whole process. A step is the velocity error
-over all tokens of the samples, its gradient, and an AdamW update. Where other programs run beside, a thread waits for
-another that is kept from its core, and may burn time meanwhile: compare with --threads 1 then.
+over all tokens of the samples, its gradient, and an AdamW update; it follows another one, as in training. Where other
+programs run beside, a thread waits for another that is kept from its core, and may burn time meanwhile: compare with
+--threads 1 then.
 
 Three batches:
   uniform   clips of one shape, as one batch on both sides. Loss and all gradients are compared first: the same work.
@@ -308,7 +309,7 @@ def main():
             pairs = [(both["ours"], name), *((both["diffusers"], way) for way in ways)]
             for side, task in pairs:
                 side.run(task)
-            cpu, wall = sides.median_times(pairs, options.rounds).T
+            cpu, wall = sides.median_times(pairs, options.rounds, goes_on=True).T
             count = tokens_of(shapes)
             shown = ", ".join(f"{way} {count / c:.0f} ({c:.2f} s, wall {w:.2f} s)"
                               for way, c, w in zip(["ours", *ways], cpu, wall))  # fmt: skip

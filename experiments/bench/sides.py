@@ -73,8 +73,12 @@ def start(module: str, names, folder: str, python: dict, arguments) -> dict[str,
     return sides
 
 
-def median_times(pairs, rounds: int):
+def median_times(pairs, rounds: int, goes_on=False):
     """Runs each (side, task), in turns. Each should have run before, so that what it compiles is not counted.
+
+    goes_on: a task follows itself, as a training step does: each turn runs it twice, and counts the second. While the
+        others run, a virtual machine may take back the memory that a process has given to the kernel, and the first
+        step waits until it has it again.
 
     Returns:
         medians `[pairs, 2]`: CPU seconds, seconds.
@@ -82,5 +86,7 @@ def median_times(pairs, rounds: int):
     times = [[] for _ in pairs]
     for _ in range(rounds):
         for (side, task), taken in zip(pairs, times):
+            if goes_on:
+                side.run(task)
             taken.append(side.run(task))
     return np.median(np.array(times), axis=1)
