@@ -5,6 +5,8 @@ the same samples, laid end to end: every token sees those of its own caption bef
 sample. Read token ids in place of patches, and it rewrites captions: a text-to-text model. After Vaswani et al. 2017,
 with the norms and rotary positions of the DiT. Those tell patches apart by what lies between them; a caption says where
 a thing is in the frame, so that patches have their absolute positions added, too: sines and cosines (ibid.), linearly.
+A patch of several frames holds more than the width: beside its linear embedding goes a layer with a nonlinearity, which
+sees what moves within it before that is lost.
 
 Legend: B rows, N patches of a row, M text tokens of a row, P patch size flattened, D width, K heads, A head dim, L
 layers, V vocabulary, X captions that are written together, of all rows, T tokens of the longest.
@@ -163,6 +165,8 @@ class Captioner(nnx.Module):
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), (table, D)))
         if config.reads != "text":
             self.patch_embed, self.pos_embed = linear(config.patch_dim, D, rngs), linear(3 * config.head_dim, D, rngs)
+            self.patch_in = linear(config.patch_dim, config.ffn_dim, rngs)
+            self.patch_out = linear(config.ffn_dim, D, rngs)
 
         def stacked(cls, count):
             build = nnx.vmap(lambda key: cls(config, nnx.Rngs(params=key)), in_axes=0, out_axes=0)
@@ -187,7 +191,9 @@ class Captioner(nnx.Module):
         else:
             where = sinusoids(positions, self.config.head_dim)  # [B, N, 3, A]
             where = self.pos_embed(where.reshape(*positions.shape[:2], -1).astype(tokens.dtype))
-            x = self.patch_embed(constrain(tokens)) + constrain(where)
+            tokens = constrain(tokens)
+            detail = constrain(self.patch_out(gelu(self.patch_in(tokens))))
+            x = self.patch_embed(tokens) + constrain(where) + detail
         rope = tuple(constrain(factors) for factors in rope_factors(positions, self.config))
         row = dict(segment_ids=segment_ids, rope=rope, attend=attend, constrain=constrain)
         x = _run(self.encoder, constrain(x), row, remat, unroll)

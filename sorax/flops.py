@@ -143,7 +143,9 @@ def captioner_work(config: CaptionerConfig, batch) -> dict:
     lengths = np.concatenate([np.bincount(ids)[1:] for ids in batch["segment_ids"]]).astype(np.float64)
     texts = np.concatenate([np.bincount(ids)[1:] for ids in batch["text_segment_ids"]]).astype(np.float64)
     n, m, D = lengths.sum(), texts.sum(), config.width
-    mlp, read = 2 * D * config.ffn_dim, (config.patch_dim + 3 * config.head_dim) * D if config.reads != "text" else 0
+    mlp, read = 2 * D * config.ffn_dim, 0
+    if config.reads != "text":
+        read = (config.patch_dim + 3 * config.head_dim) * D + (config.patch_dim + D) * config.ffn_dim
     weights = config.encoder_layers * (4 * D * D + mlp) * n + read * n
     weights += config.decoder_layers * ((6 * D * D + mlp) * m + 2 * D * D * n) + D * config.vocab_size * m
     pairs = config.encoder_layers * np.sum(lengths**2)
