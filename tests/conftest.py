@@ -1,6 +1,7 @@
 """Every test sees 8 CPU devices, so that sharding is tested wherever the suite runs; and a run to look at."""
 
 import fcntl
+import gc
 import os
 import pathlib
 import signal
@@ -17,6 +18,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # For pytest-xdist's processes and those that tests start: this one has begun without.
 os.environ.update(large_pages())
+# What jax traces stays, and the collector would look at all of it again and again: a tenth of a test's time.
+gc.set_threshold(50_000, 20, 50)
 # A suite that runs in the background of a shell ignores interrupts, and so would the programs that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
