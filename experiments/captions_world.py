@@ -1,7 +1,7 @@
 """The quickstart's model and world, trained on captions that were written anew: is recaptioning worth it here?
 
     WORLD="fps=6 extent=5 num_objects=(1,1) motions=('straight',) backgrounds=('plain',)"
-    sorax train --config experiments/captioner_world.py --workdir runs/captioner --config.train.steps=500
+    sorax train --config experiments/captioner_world.py --workdir runs/captioner --config.train.steps=900
         --config.model.patch_size="(5,4,4)" --config.data.row_text=56 $(printf -- '--config.data.world.%s ' $WORLD)
         --config.data.world.shapes="((5,32,32),)"
     sorax caption --data world --run runs/captioner --out captioned --data.world.num_samples=5000

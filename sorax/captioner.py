@@ -22,6 +22,7 @@ from flax import nnx
 
 from sorax.attention import MASKED, attention
 from sorax.dit import Attention, apply_rope, gelu, linear, rms_norm, rope_factors, rope_of, run_layers, sinusoids
+from sorax.functional import Keys
 from sorax.text import PAD_ID
 
 READS = ("pixels", "latents", "text")
@@ -169,7 +170,7 @@ class Captioner(nnx.Module):
             self.patch_out = linear(config.ffn_dim, D, rngs)
 
         def stacked(cls, count):
-            build = nnx.vmap(lambda key: cls(config, nnx.Rngs(params=key)), in_axes=0, out_axes=0)
+            build = nnx.vmap(lambda key: cls(config, Keys(params=key)), in_axes=0, out_axes=0)
             return build(jax.random.split(rngs.params(), count))
 
         self.encoder = stacked(EncoderBlock, config.encoder_layers)

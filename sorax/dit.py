@@ -14,6 +14,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from sorax.attention import attention
+from sorax.functional import Keys
 from sorax.linear import Linear
 from sorax.routing import narrow, widen
 
@@ -251,7 +252,7 @@ class DiT(nnx.Module):
         self.time_in = linear(config.freq_dim, D, rngs, std=0.02)
         self.time_out = linear(D, D, rngs, std=0.02)
         self.time_proj = linear(D, 6 * D, rngs)
-        stacked = nnx.vmap(lambda key: Block(config, nnx.Rngs(params=key)), in_axes=0, out_axes=0)
+        stacked = nnx.vmap(lambda key: Block(config, Keys(params=key)), in_axes=0, out_axes=0)
         self.blocks = stacked(jax.random.split(rngs.params(), config.num_layers))
         self.modulation = nnx.Param(jax.random.normal(rngs.params(), (2, D)) * D**-0.5)
         patch_out = config.patch_dim // config.in_channels * config.out_channels

@@ -14,6 +14,7 @@ from flax import nnx
 
 from sorax.captioner import CaptionerConfig
 from sorax.dit import DiTConfig
+from sorax.functional import abstract
 from sorax.text import TextConfig
 from sorax.vae import VAE, VAEConfig
 
@@ -65,7 +66,7 @@ def vae_forward(config: VAEConfig, num_frames: int, height: int, width: int) -> 
     Raises:
         ValueError: the video is off the VAE's grid.
     """
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: VAE(config, nnx.Rngs(params=0))))
+    graphdef, state = abstract(VAE, config)
     latents = (1, *config.latent_shape(num_frames, height, width), config.latent_channels)
     video = jax.ShapeDtypeStruct((1, num_frames, height, width, 3), jnp.float32)
     encode = traced(lambda state, x: nnx.merge(graphdef, state).encode(x), state, video)

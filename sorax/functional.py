@@ -5,15 +5,33 @@ import jax.numpy as jnp
 from flax import nnx
 
 
+class Keys:
+    """The keys of `nnx.Rngs(params=)`, counted in Python.
+
+    nnx counts in arrays: where a model is traced for its shapes, every one of them becomes a part of the program, and
+    nnx asks each for a sharding that it has not, for which jax writes an error about all of the program so far.
+
+    params: a key, or a seed.
+    """
+
+    def __init__(self, params):
+        self.key, self.count = jax.random.key(params) if isinstance(params, int) else params, 0
+
+    def params(self):
+        """The next key."""
+        self.count += 1
+        return jax.random.fold_in(self.key, self.count - 1)
+
+
 def abstract(cls, config):
     """Graph definition and parameter shapes (nested dict of ShapeDtypeStruct) of `cls(config, rngs)`, at no memory."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: cls(config, nnx.Rngs(params=0))))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: cls(config, Keys(params=0))))
     return graphdef, nnx.to_pure_dict(state)
 
 
 def init(cls, config, key):
     """Fresh parameters of `cls(config, rngs)` as a nested dict; may run under `jax.jit`."""
-    params = nnx.to_pure_dict(nnx.split(cls(config, nnx.Rngs(params=key)))[1])
+    params = nnx.to_pure_dict(nnx.split(cls(config, Keys(params=key)))[1])
     # A weakly typed leaf (made from Python numbers alone) would make the second training step compile again.
     return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), params)
 

@@ -19,6 +19,7 @@ from PIL import Image
 
 from sorax.convert import MATRIX, Name
 from sorax.errors import UserError
+from sorax.functional import Keys
 from sorax.linear import Linear
 from sorax.read_weights import read_json
 
@@ -57,7 +58,7 @@ class Block(nnx.Module):
 
 def stack(num_layers: int, rngs, **sizes) -> Block:
     """So many `Block`s, whose parameters lead with [L]."""
-    make = nnx.vmap(lambda key: Block(rngs=nnx.Rngs(params=key), **sizes), in_axes=0, out_axes=0)
+    make = nnx.vmap(lambda key: Block(rngs=Keys(params=key), **sizes), in_axes=0, out_axes=0)
     return make(jax.random.split(rngs.params(), num_layers))
 
 

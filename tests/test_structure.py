@@ -36,8 +36,8 @@ LOWER = {
     "errors": (),
     "backend": ("errors",),
     "patchify": (),
-    **dict.fromkeys(MODELS, ("patchify", "attention", "linear", "conv", "routing")),
-    "captioner": ("attention", "dit", "text"),  # the blocks are made of the DiT's parts
+    **dict.fromkeys(MODELS, ("patchify", "attention", "linear", "conv", "routing", "functional")),
+    "captioner": ("attention", "dit", "text", "functional"),  # the blocks are made of the DiT's parts
     "decoding": (),
     "attention_blocks": (),
     **dict.fromkeys(KERNELS, ("attention_blocks",)),
@@ -48,7 +48,7 @@ LOWER = {
     "flow": (),
     "sampler": ("flow",),
     "functional": (),
-    "flops": (*MODELS, "patchify"),
+    "flops": (*MODELS, "patchify", "functional"),
     "devices": (),
     "hlo": (),
     "roofline": ("devices", "hlo"),

@@ -1,0 +1,27 @@
+"""Between modules and plain pytrees: the keys that parameters are drawn with."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from sorax import functional
+from sorax.dit import DiT, DiTConfig
+
+CONFIG = DiTConfig(num_layers=2, num_heads=2, head_dim=12, ffn_dim=16, text_dim=8, freq_dim=8, in_channels=2,
+                   out_channels=2)  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", [7, jax.random.key(7), jax.random.PRNGKey(7)], ids=["seed", "key", "old key"])
+def test_keys_are_those_of_flax(seed):
+    ours, theirs = functional.Keys(params=seed), nnx.Rngs(params=seed)
+    for _ in range(3):
+        draws = [np.asarray(jax.random.normal(rngs.params(), (4,))) for rngs in (ours, theirs)]
+        np.testing.assert_array_equal(*draws)
+
+
+def test_the_shapes_of_a_model_are_those_of_its_parameters():
+    graphdef, shapes = functional.abstract(DiT, CONFIG)
+    params = functional.init(DiT, CONFIG, jax.random.key(0))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(lambda x: (x.shape, x.dtype), params)
+    assert nnx.split(nnx.merge(graphdef, params))[0] == graphdef
