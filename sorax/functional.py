@@ -1,5 +1,7 @@
 """Between Flax NNX modules and plain pytrees: outside a module everything is a function of a nested dict of arrays."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -25,6 +27,12 @@ class Keys:
 
 def abstract(cls, config):
     """Graph definition and parameter shapes (nested dict of ShapeDtypeStruct) of `cls(config, rngs)`, at no memory."""
+    graphdef, shapes = _abstract(cls, config)
+    return graphdef, jax.tree.map(lambda shape: shape, shapes)  # what a caller changes is his own
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract(cls, config):
     graphdef, state = nnx.split(nnx.eval_shape(lambda: cls(config, Keys(params=0))))
     return graphdef, nnx.to_pure_dict(state)
 
