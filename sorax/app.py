@@ -190,8 +190,8 @@ class App:
         run_words: the flags of `sorax sample` that load this run, such as ["--run", W].
         out: folder of the results, made if need be; all in it may be shown to who opens the page.
         expander: run that makes prompts detailed, or the text-to-video run in whose `expander/` it is.
-        max_seconds, max_side: most of what is made, whole files and pixels: one who asks for more would keep all others
-            waiting, or take the memory of all.
+        max_seconds: longest file that is made, at the frame rate of the run: at another, as many frames.
+        max_side: longest side of a frame, in pixels. What the run makes by itself is always allowed.
 
     Raises:
         UserError: there is no such run, or the folder holds files of other kinds.
@@ -200,9 +200,10 @@ class App:
     def __init__(self, run: Run, run_words: list[str], out: str, expander: str = "", mesh=None, *,
                  max_seconds: float = 60.0, max_side: int = 1280):  # fmt: skip
         self.run, self.run_words, self.out, self.expander = run, list(run_words), out, expander
-        self.max_seconds, self.max_side = max_seconds, max_side
         self.results: list[Result] = []
         _check_folder(out)
+        frames, height, width, fps = run.usual_shape()
+        self.max_frames, self.max_side = max(frames, max_seconds * fps), max(height, width, max_side)
         self.generator = run.generator(mesh)
         self._busy, self._stop, self._closed = threading.Lock(), None, False
         logging.getLogger("jax._src.debugging").addFilter(_is_no_stop)
@@ -286,8 +287,10 @@ class App:
         name = self._free_name("png" if form.mode == "picture" else "mp4")
         words = [*self.run_words, *self._words(form), "--out", os.path.join(self.out, name)]
         arguments = parse(words)
-        order = sample_files.prepare(arguments, sample_files.check(arguments), self.run)
-        self._check_size(order)
+        ask = sample_files.check(arguments)
+        self._check_asked(ask)
+        order = sample_files.prepare(arguments, ask, self.run)
+        self._check_made(order)
         notes = list(order.notes)
         (job,) = order.scenes[0]
         progress = _Progress(order, self.run.networks.vae_config.temporal_stride)
@@ -316,14 +319,25 @@ class App:
         self.results.append(result)
         return Report("done", 1.0, notes=result.notes, result=result)
 
-    def _check_size(self, order):
-        (frames, *sides), fps = order.shape, order.facts["fps"]
-        if frames > 1 and frames > round(self.max_seconds * fps):
-            raise UserError(f"{frames / fps:.4g} s are more than this page makes, {self.max_seconds:g} s: ask for "
-                            "less, or start the page with a larger --max-seconds")  # fmt: skip
-        if max(sides) > self.max_side:
-            raise UserError(f"{sides[1]}x{sides[0]} is larger than this page makes, {self.max_side} pixels a side: ask "
-                            "for less, or start the page with a larger --max-side")  # fmt: skip
+    def _check_asked(self, ask):
+        """Before any file is read at the size that is asked for."""
+        *_, usual_fps = self.run.usual_shape()
+        self._check(frames=(ask.seconds or 0.0) * (ask.fps or usual_fps), sides=map(int, re.findall(r"\d+", ask.size)))
+
+    def _check_made(self, order):
+        """What a file that was given adds, or decides; sizes are rounded up to the grid, which is allowed."""
+        (frames, *sides), networks = order.shape, self.run.networks
+        grid = networks.vae_config.spatial_stride * max(networks.dit_config.patch_size[1:])
+        stride = networks.vae_config.temporal_stride
+        self._check(frames=frames - stride, sides=[side - grid for side in sides])
+
+    def _check(self, frames, sides):
+        if frames > self.max_frames:
+            raise UserError(f"{frames:.0f} frames are more than this page makes, {self.max_frames:.0f}: ask for fewer "
+                            "seconds, or start the page with more --max-seconds")  # fmt: skip
+        if (side := max(sides, default=0)) > self.max_side:
+            raise UserError(f"{side} pixels a side are more than this page makes, {self.max_side}: ask for less, or "
+                            "start the page with a larger --max-side")  # fmt: skip
 
     def _words(self, form):
         """Flags of a form; those that say what the run does anyway are left out."""

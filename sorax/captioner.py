@@ -5,8 +5,8 @@ the same samples, laid end to end: every token sees those of its own caption bef
 sample. Read token ids in place of patches, and it rewrites captions: a text-to-text model. After Vaswani et al. 2017,
 with the norms and rotary positions of the DiT. Those tell patches apart by what lies between them; a caption says where
 a thing is in the frame, so that patches have their absolute positions added, too: sines and cosines (ibid.), linearly.
-A patch of several frames holds more than the width: beside its linear embedding goes a layer with a nonlinearity, which
-sees what moves within it before that is lost.
+Beside the linear embedding of a patch goes a layer with a nonlinearity, which sees what moves within it: of several
+frames a patch may hold more than the width.
 
 Legend: B rows, N patches of a row, M text tokens of a row, P patch size flattened, D width, K heads, A head dim, L
 layers, V vocabulary, X captions that are written together, of all rows, T tokens of the longest.

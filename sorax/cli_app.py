@@ -26,8 +26,8 @@ def add_verb(verbs):
     served.add_argument("--auth", default="", metavar="FILE", help="who may: lines of USER:PASSWORD")
     served.add_argument("--max-upload", type=int, default=200, metavar="MB", help="size of a file that is given "
                         "(default: %(default)s)")  # fmt: skip
-    served.add_argument("--max-seconds", type=float, default=60.0, metavar="S", help="longest video that is made "
-                        "(default: %(default)g)")  # fmt: skip
+    served.add_argument("--max-seconds", type=float, default=60.0, metavar="S", help="longest video that is made, "
+                        "at the frame rate of the run (default: %(default)g)")  # fmt: skip
     served.add_argument("--max-side", type=int, default=1280, metavar="PIXELS", help="longest side of a frame that is "
                         "made (default: %(default)s)")  # fmt: skip
     served.add_argument("--queue", type=int, default=16, metavar="N", help="most requests that wait; one is made at a "

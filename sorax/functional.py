@@ -1,19 +1,19 @@
 """Between Flax NNX modules and plain pytrees: outside a module everything is a function of a nested dict of arrays."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+_TRACED = {}  # (class, its config in words) -> what `abstract` gives
+
 
 class Keys:
-    """The keys of `nnx.Rngs(params=)`, counted in Python.
+    """The keys of `nnx.Rngs(params=)`, counted in Python; in its place for layers that ask for `rngs.params()` alone.
 
     nnx counts in arrays: where a model is traced for its shapes, every one of them becomes a part of the program, and
     nnx asks each for a sharding that it has not, for which jax writes an error about all of the program so far.
 
-    params: a key, or a seed.
+    params: a key, or a Python int, the seed.
     """
 
     def __init__(self, params):
@@ -27,14 +27,14 @@ class Keys:
 
 def abstract(cls, config):
     """Graph definition and parameter shapes (nested dict of ShapeDtypeStruct) of `cls(config, rngs)`, at no memory."""
-    graphdef, shapes = _abstract(cls, config)
+    key = (cls, repr(config))
+    if key not in _TRACED:
+        graphdef, state = nnx.split(nnx.eval_shape(lambda: cls(config, Keys(params=0))))
+        if not isinstance(cls, type):  # a function, which may be another one each time
+            return graphdef, nnx.to_pure_dict(state)
+        _TRACED[key] = graphdef, nnx.to_pure_dict(state)
+    graphdef, shapes = _TRACED[key]
     return graphdef, jax.tree.map(lambda shape: shape, shapes)  # what a caller changes is his own
-
-
-@functools.lru_cache(maxsize=64)
-def _abstract(cls, config):
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: cls(config, Keys(params=0))))
-    return graphdef, nnx.to_pure_dict(state)
 
 
 def init(cls, config, key):

@@ -30,11 +30,10 @@ ALL = (*SHARE, "tensor")
 # `tensor`: that would split the width of all activations, and they would be gathered in every block.
 RULES = (
     (r"(latents_mean|latents_std|bias|gamma|scale|norm_\w+|modulation)$", ()),
-    (r"(q|k|v|mlp_in|wi|wi_gate|text_in|time_in)/kernel$", (SHARE, "tensor")),
+    (r"(q|k|v|mlp_in|wi|wi_gate|text_in|time_in|patch_in)/kernel$", (SHARE, "tensor")),
     (r"(o|mlp_out|wo|text_out|time_out|patch_out)/kernel$", ("tensor", SHARE)),
     (r"time_proj/kernel$", (None, ALL)),
     (r"(patch|pos)_embed/kernel$", (None, SHARE)),
-    (r"patch_in/kernel$", (None, "tensor")),
     (r"proj_out/kernel$", (SHARE, None)),
     # The branch of a LoRA, [n, r] and [r, m], has its ends as the kernel [n, m] has them; r is small, and whole.
     (r"(q|k|v|mlp_in)/lora_a$", (SHARE, None)),

@@ -68,7 +68,7 @@ class VideoMAEConfig:
         return self.num_frames // self.tubelet_size * (self.image_size // self.patch_size) ** 2
 
 
-def sinusoids(length: int, width: int) -> np.ndarray:
+def position_table(length: int, width: int) -> np.ndarray:
     """Fixed position table float32 `[length, width]`: sines at even places, cosines at odd (Vaswani et al. 2017)."""
     angles = np.arange(length)[:, None] / 10000.0 ** (2 * (np.arange(width) // 2) / width)
     return np.where(np.arange(width) % 2, np.cos(angles), np.sin(angles)).astype(np.float32)
@@ -103,7 +103,7 @@ class VideoMAE(nnx.Module):
         patches = einops.rearrange(video, "b (t pt) (h ph) (w pw) c -> b (t h w) (pt ph pw c)", pt=config.tubelet_size,
                                    ph=config.patch_size, pw=config.patch_size)  # fmt: skip
         x = self.patch_embed(patches)
-        x = vit.run(self.blocks, x + jnp.asarray(sinusoids(config.num_tokens, config.width), x.dtype))
+        x = vit.run(self.blocks, x + jnp.asarray(position_table(config.num_tokens, config.width), x.dtype))
         if not config.mean_pooling:
             x = self.norm(x)
         pooled = jnp.mean(x, axis=1)

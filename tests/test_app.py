@@ -122,14 +122,26 @@ def test_every_step_is_reported_and_one_can_be_the_last(app):
 @pytest.mark.parametrize(
     "form, message",
     [
-        (dict(seconds=61.0), "s are more than this page makes, 60 s: .*--max-seconds"),
-        (dict(size="1312x32"), "1312x32 is larger than this page makes, 1280 pixels a side: .*--max-side"),
-        (dict(size="32x1312", mode="picture"), "32x1312 is larger"),
+        (dict(seconds=61.0), "366 frames are more than this page makes, 360: .*--max-seconds"),
+        (dict(seconds=6.1, fps=60.0), "366 frames are more"),
+        (dict(size="1296x32"), "1296 pixels a side are more than this page makes, 1280: .*--max-side"),
+        (dict(size="32x90000", mode="image"), "90000 pixels a side"),
     ],
 )
-def test_who_asks_for_too_much_is_told_how_much_there_is(app, form, message):
-    *_, report = app.make(Form(prompt="a red circle", **form), threading.Event())
+def test_who_asks_for_too_much_is_told_how_much_there_is_before_a_file_is_read(app, form, message, monkeypatch):
+    monkeypatch.setattr(sample_files, "prepare", lambda *_: pytest.fail("files are read"))
+    *_, report = app.make(Form(prompt="a red circle", image=__file__, **form), threading.Event())
     assert re.search(message, report.error) and not report.result
+
+
+def test_what_is_as_long_and_large_as_may_be_is_made_though_the_grid_is_coarser(app, monkeypatch):
+    monkeypatch.setattr(app, "max_frames", 6.0)
+    monkeypatch.setattr(app, "max_side", 40)
+    for form in (dict(seconds=1.0, size="32x32"), dict(size="40x32")):
+        last(app, prompt="a red circle", steps=1, **form)
+    *_, report = app.make(Form(prompt="a red circle", mode="loop_clip", video=app.results[-1].path, seconds=1.0),
+                          threading.Event())  # fmt: skip
+    assert "frames are more" in report.error  # with those of the clip
 
 
 def test_a_folder_of_other_files_is_not_shown(tmp_path):

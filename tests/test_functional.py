@@ -1,5 +1,7 @@
 """Between modules and plain pytrees: the keys that parameters are drawn with."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -21,7 +23,21 @@ def test_keys_are_those_of_flax(seed):
 
 
 def test_the_shapes_of_a_model_are_those_of_its_parameters():
-    graphdef, shapes = functional.abstract(DiT, CONFIG)
+    _, shapes = functional.abstract(DiT, CONFIG)
     params = functional.init(DiT, CONFIG, jax.random.key(0))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(lambda x: (x.shape, x.dtype), params)
-    assert nnx.split(nnx.merge(graphdef, params))[0] == graphdef
+
+
+def test_a_model_is_traced_once_and_what_a_caller_changes_is_his_own():
+    made = []
+
+    class Counted(DiT):
+        def __init__(self, config, rngs):
+            made.append(config)
+            super().__init__(config, rngs)
+
+    first = functional.abstract(Counted, CONFIG)[1]
+    del first["blocks"]
+    assert "blocks" in functional.abstract(Counted, CONFIG)[1] and made == [CONFIG]
+    functional.abstract(Counted, dataclasses.replace(CONFIG, ffn_dim=8))
+    assert len(made) == 2

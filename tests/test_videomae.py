@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from sorax.errors import UserError
 from sorax.functional import abstract, count
-from sorax.videomae import VideoFeatures, VideoMAE, VideoMAEConfig, sinusoids
+from sorax.videomae import VideoFeatures, VideoMAE, VideoMAEConfig, position_table
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 REFERENCE = dict(np.load(FIXTURES / "vision.npz"))
@@ -69,7 +69,7 @@ def test_features_of_a_video_do_not_depend_on_the_others(network):
 def test_the_position_table_is_that_of_the_paper():
     angles = 7 / 10000 ** (np.arange(3) / 3)
     wanted = np.stack([np.sin(angles), np.cos(angles)], axis=1).ravel()
-    np.testing.assert_allclose(sinusoids(50, 6)[7], wanted, rtol=1e-6)
+    np.testing.assert_allclose(position_table(50, 6)[7], wanted, rtol=1e-6)
 
 
 def test_published_sizes_have_their_number_of_parameters():
