@@ -6,6 +6,7 @@ import numpy as np
 from flax import nnx
 
 from sorax import flops
+from sorax.captioner import Captioner, CaptionerConfig
 from sorax.dit import DiT, DiTConfig
 from sorax.functional import abstract
 from sorax.text import TextConfig, TextEncoder
@@ -69,6 +70,19 @@ def test_the_text_encoder_is_counted_as_its_program_does_it():
     counted = flops.traced(lambda params, *row: nnx.merge(graphdef, params)(*row), params, ids, ids)
     bias_table = TEXT.num_layers * 2 * (2 * M) * TEXT.num_buckets * TEXT.num_heads  # a look-up, by a product
     assert counted == flops.text_forward(TEXT, [M]) + bias_table
+
+
+def test_the_captioner_is_counted_as_its_program_does_it():
+    config = CaptionerConfig(reads="latents", in_channels=2, patch_size=(1, 2, 2), vocab_size=11, encoder_layers=3,
+                             decoder_layers=2, num_heads=2, head_dim=8, ffn_dim=24)  # fmt: skip
+    N, M, A = 10, 6, config.head_dim
+    graphdef, params = abstract(Captioner, config)
+    ids, text_ids = shape(1, N, dtype=jnp.int32), shape(1, M, dtype=jnp.int32)
+    row = shape(1, N, config.patch_dim), shape(1, N, 3, dtype=jnp.int32), ids, text_ids, text_ids, text_ids
+    counted = flops.traced(lambda params, *row: nnx.merge(graphdef, params)(*row), params, *row)
+    work = flops.captioner_work(config, dict(segment_ids=np.ones((1, N), int), text_segment_ids=np.ones((1, M), int)))
+    rope_tables = 2 * 2 * (N + M) * (A // 2) * A
+    assert 3 * (counted - rope_tables) == work["model_flops"]
 
 
 def test_a_vae_is_counted_by_clip():
