@@ -80,6 +80,7 @@ def plan(known: Sequence[bool], size: int, overlap: int, breaks: Sequence[int] =
                 stop = min(size, todo + there)
             first = start + 1 if start else 0
             first = max([first, *(b for b in breaks if b < todo)])
+            start = max(0, first - 1)  # what is before a break is another window's to make
             backward.append(Window(start, stop, first, todo))
             todo = first
     forward, (closing, behind) = [], _sides(size, overlap)

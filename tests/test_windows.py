@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import example, settings
 from hypothesis import given as for_all
-from hypothesis import settings
 from hypothesis import strategies as st
 from tiny_generator import tiny_generator
 
@@ -25,6 +25,7 @@ timelines = st.lists(st.booleans(), min_size=1, max_size=40)
 
 @settings(max_examples=300, deadline=None)
 @for_all(timelines, st.integers(3, 12), st.integers(1, 6), st.sets(st.integers(0, 40)))
+@example([False] * 5 + [True], 4, 1, {0, 1, 4})
 def test_windows_make_everything_once_and_see_what_is_there(known, size, overlap, breaks):
     overlap = min(overlap, size - 1)
     backward, forward = plan(known, size, overlap, tuple(breaks))
